@@ -1,0 +1,195 @@
+"""Configuration of pruned vision-language models: the base model's config plus flat `pruning_*` keys.
+
+Each class is a base class of transformers with `PruningConfig` in front, a `model_type` of its own (so that a checkpoint can
+not be opened without its code, which would silently give an unpruned model), and the `auto_map` that the Hub reads.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from packaging.version import Version
+from transformers import LlavaConfig
+
+from .token_pruning import PruningParameters
+
+
+# The one place that states the supported range; pyproject.toml and README.md repeat it, a test compares them.
+OLDEST_TRANSFORMERS, FIRST_UNSUPPORTED_TRANSFORMERS = "5.17", "6"
+
+if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Version(FIRST_UNSUPPORTED_TRANSFORMERS):
+    raise ImportError(
+        f"This model's code needs transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}, but "
+        f"{transformers.__version__} is installed. Run `pip install "
+        f'"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"`.'
+    )
+
+PRUNING_METHODS = ("vlm_pruner", "none")
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """What one forward call prunes: `ratio` in (0, 1) of the visual tokens, at the input of decoder layer `layer`."""
+
+    ratio: float
+    layer: int
+    parameters: PruningParameters
+
+
+@dataclass(kw_only=True)
+class PruningConfig:
+    """The `pruning_*` keys, put in front of a transformers config class.
+
+    Every key can be edited in `config.json`, passed to `from_pretrained`, or assigned on `model.config`; assigned values take
+    effect on the next call and are checked there again.
+
+    Args:
+        pruning_method (`str`): `"vlm_pruner"` (arXiv 2512.02700) or `"none"`, which leaves the stock model.
+        pruning_ratio (`float`): fraction of the visual tokens of each image that is removed, in [0, 1). 0 switches pruning off.
+        pruning_layer (`int`): zero-based decoder layer at whose input tokens leave, from 1 (selection needs the keys of the
+            layer before) to `num_hidden_layers - 1`.
+        pruning_num_pivots (`int`): tokens chosen by max-min distance of their keys, at least 1 (kappa in the paper).
+        pruning_num_channels (`int`): hidden channels of largest variance that similarities use, at least 1 (q).
+        pruning_threshold (`float`): score below which a token is taken in the first round (tau_0).
+        pruning_threshold_step (`float`): what each further round adds to the threshold, above 0 (delta tau).
+        pruning_spatial_weight (`float`): weight of the grid distance in the score, at least 0 (lambda).
+        pruning_token_batch (`int`): candidates that are judged together, at least 1 (B). Smaller is closer to one by one.
+        pruning_aggregation_weight (`float`): weight of a kept token itself when discarded ones are merged into it, in [0, 1]
+            (beta). 1 switches aggregation off.
+        pruning_fill_budget (`bool`): whether to go on when a round takes nothing. `False` reproduces the authors' code, which
+            stops there and may keep fewer tokens than asked for.
+    """
+
+    base_model_type: ClassVar[str]
+    auto_map_targets: ClassVar[dict[str, str]]
+
+    pruning_method: str = "vlm_pruner"
+    pruning_ratio: float | int = 0.889
+    pruning_layer: int = 2
+    pruning_num_pivots: int = PruningParameters.num_pivots
+    pruning_num_channels: int = PruningParameters.num_channels
+    pruning_threshold: float | int = PruningParameters.threshold
+    pruning_threshold_step: float | int = PruningParameters.threshold_step
+    pruning_spatial_weight: float | int = PruningParameters.spatial_weight
+    pruning_token_batch: int = PruningParameters.token_batch
+    pruning_aggregation_weight: float | int = PruningParameters.aggregation_weight
+    pruning_fill_budget: bool = PruningParameters.fill_budget
+
+    def __post_init__(self, **kwargs):
+        unknown = sorted(key for key in kwargs if key.startswith("pruning_"))
+        if unknown:
+            known = [field.name for field in fields(PruningConfig)]
+            raise ValueError(f"Unknown config key {', '.join(unknown)}. The keys that start with `pruning_` are {known}.")
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(self.auto_map_targets)
+        self.validate_pruning()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = config_dict.get("model_type", cls.model_type)
+        if found not in (cls.model_type, cls.base_model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}, but {cls.__name__} reads "
+                f"{cls.base_model_type!r} (the base model) and {cls.model_type!r}."
+            )
+        return config_dict | {"model_type": cls.model_type}, kwargs
+
+    def validate_pruning(self):
+        """Check every `pruning_*` value. Also run by the library when the config is saved.
+
+        Raises:
+            ValueError: naming the key, its value and the legal range.
+        """
+        if self.pruning_method not in PRUNING_METHODS:
+            raise ValueError(f"pruning_method must be one of {PRUNING_METHODS}, got {self.pruning_method!r}.")
+        check_ratio(self.pruning_ratio)
+        num_layers = self.get_text_config(decoder=True).num_hidden_layers
+        if not is_count(self.pruning_layer) or not 1 <= self.pruning_layer < num_layers:
+            raise ValueError(
+                f"pruning_layer must be an integer from 1 to {num_layers - 1} (this model has {num_layers} decoder layers, "
+                f"and layer 0 has no earlier keys), got {self.pruning_layer!r}."
+            )
+        self.pruning_parameters()
+        if self.pruning_method != "none" and self.pruning_ratio > 0:
+            self._refuse_sliding_window()
+
+    def pruning_parameters(self) -> PruningParameters:
+        """The method's own parameters, without the `pruning_` in front."""
+        try:
+            return PruningParameters(
+                **{field.name: getattr(self, f"pruning_{field.name}") for field in fields(PruningParameters)}
+            )
+        except ValueError as error:
+            raise ValueError(f"pruning_{error}") from None
+
+    def pruning_settings(self, pruning_ratio: float | None = None) -> PruningSettings | None:
+        """What a call prunes with the values of this moment, or None when pruning is off.
+
+        Args:
+            pruning_ratio: replaces the config's ratio for this call, in [0, 1).
+        """
+        if pruning_ratio is not None:
+            check_ratio(pruning_ratio)
+        self.validate_pruning()
+        ratio = self.pruning_ratio if pruning_ratio is None else pruning_ratio
+        if self.pruning_method == "none" or ratio == 0:
+            return None
+        self._refuse_sliding_window()
+        return PruningSettings(float(ratio), self.pruning_layer, self.pruning_parameters())
+
+    def _refuse_sliding_window(self):
+        text_config = self.get_text_config(decoder=True)
+        window = getattr(text_config, "sliding_window", None)
+        layer_types = getattr(text_config, "layer_types", None)
+        if layer_types is None:
+            layer_types = ["full_attention" if window is None else "sliding_attention"] * text_config.num_hidden_layers
+        for layer, layer_type in enumerate(layer_types[self.pruning_layer :], start=self.pruning_layer):
+            if layer_type != "full_attention":
+                raise ValueError(
+                    f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (sliding_window={window}), "
+                    f"but pruning at pruning_layer={self.pruning_layer} needs full_attention in that layer and all above, because "
+                    "a window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
+                )
+
+
+def is_count(value) -> bool:
+    """Whether `value` is an integer; a bool is not one."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_ratio(ratio) -> None:
+    """Raise a ValueError unless `ratio`, the fraction of visual tokens to remove, is a number in [0, 1)."""
+    is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not is_number or not math.isfinite(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"pruning_ratio must be a number in [0, 1), the fraction of visual tokens to remove, got {ratio!r}.")
+
+
+def auto_map(family: str, modeling_file: str) -> dict[str, str]:
+    """The Hub's `auto_map` for the classes `VLMPruner<family>...`. Every generating auto class gets the generating model."""
+    model = f"{modeling_file}.VLMPruner{family}ForConditionalGeneration"
+    return {
+        "AutoConfig": f"configuration_vlmpruner.VLMPruner{family}Config",
+        "AutoModel": model,
+        "AutoModelForImageTextToText": model,
+        "AutoModelForMultimodalLM": model,
+        "AutoProcessor": f"processing.VLMPruner{family}Processor",
+    }
+
+
+@strict
+class VLMPrunerLlavaConfig(PruningConfig, LlavaConfig):
+    """LLaVA-1.5 with pruning. See `PruningConfig` for the keys that this adds to `LlavaConfig`."""
+
+    model_type = "vlmpruner_llava"
+    base_model_type = "llava"
+    auto_map_targets = auto_map("Llava", "modeling_vlmpruner_llava")
+    _auto_class = "AutoConfig"
+
+
+# Base model type -> config class. `export.py` reads it; a new family joins here.
+CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in (VLMPrunerLlavaConfig,)}
+
+__all__ = ["VLMPrunerLlavaConfig"]

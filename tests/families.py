@@ -1,0 +1,117 @@
+"""The model families that the shared test matrix runs over. A new family joins by one entry in `FAMILIES`."""
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor
+
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: `checkpoint` in tests/data/checkpoints, the stock class, ours as `module.Name`, and its processor."""
+
+    name: str
+    stock: str
+    pruned: str
+    processor: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return DATA / "checkpoints" / self.name
+
+    @property
+    def stock_class(self):
+        return getattr(transformers, self.stock)
+
+    @property
+    def pruned_class(self):
+        return _import(self.pruned)
+
+    @property
+    def processor_class(self):
+        return _import(self.processor)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="llava",
+            stock="LlavaForConditionalGeneration",
+            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaForConditionalGeneration",
+            processor="processing.VLMPrunerLlavaProcessor",
+        ),
+    )
+}
+
+
+def _import(path: str):
+    module, name = path.split(".")
+    return getattr(importlib.import_module(f"vlmpruner.{module}"), name)
+
+
+def spread_weights(model, scale=6.0):
+    """Make a tiny random model's decoder opinionated: with weights as initialised all hidden states are nearly the same, and no
+    mistake in positions or masks would show."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "language_model.layers" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale * 0.02)
+            elif name.endswith("lm_head.weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@lru_cache
+def load_pruned(family: Family, attn: str = "sdpa", **config):
+    kwargs = {"pruning_ratio": 0.889, "dtype": torch.float32, "attn_implementation": attn} | config
+    return spread_weights(family.pruned_class.from_pretrained(family.checkpoint, **kwargs).eval())
+
+
+@lru_cache
+def load_stock(family: Family, attn: str = "sdpa"):
+    model = family.stock_class.from_pretrained(family.checkpoint, dtype=torch.float32, attn_implementation=attn)
+    return spread_weights(model.eval())
+
+
+@lru_cache
+def load_processor(family: Family):
+    processor = AutoProcessor.from_pretrained(family.checkpoint)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def picture(seed: int, width: int = 320, height: int = 240) -> Image.Image:
+    """A smooth random picture with a few noisy squares, so that some patches are redundant and some are not."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(coarse)
+    for _ in range(4):
+        y, x = rng.integers(0, height - 60), rng.integers(0, width - 60)
+        pixels[y : y + 60, x : x + 60] = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt(processor, num_images: int, text: str = "What is in the picture?", num_videos: int = 0) -> str:
+    content = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos + [{"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def make_inputs(family: Family, rows: list[tuple[list, str]], padding_side: str = "left"):
+    """Model inputs for rows of (images, text)."""
+    processor = load_processor(family)
+    texts = [prompt(processor, len(images), text) for images, text in rows]
+    images = [image for row, _ in rows for image in row]
+    return processor(
+        images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=padding_side
+    )
