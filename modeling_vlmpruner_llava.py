@@ -129,7 +129,8 @@ class VLMPrunerLlavaModel(LlavaModel):
             per_image = self._image_features(pixel_values, mm_encoder_outputs, inputs)
             images = [(len(image), image.grid_views) for image in per_image]
             features = torch.cat(per_image).to(inputs_embeds.device, inputs_embeds.dtype)
-            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            ids = request.without_drafted(input_ids, self.config.image_token_id, len(features))
+            placeholders = self.get_placeholder_mask(ids, inputs_embeds=inputs_embeds, image_features=features)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
             visual_mask = placeholders[..., 0]
         request.plan = make_plan(
@@ -178,7 +179,7 @@ class VLMPrunerLlavaForConditionalGeneration(PrunedForConditionalGenerationMixin
         pruning_ratio: float | None = None,
         **kwargs,
     ) -> VLMPrunerLlavaCausalLMOutputWithPast:
-        request = PruningRequest(pruning_ratio)
+        request = PruningRequest(pruning_ratio, num_drafted=logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0)
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         outputs = super().forward(

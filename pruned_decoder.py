@@ -486,12 +486,12 @@ class PruningPlan:
                 f"Decoder layer {self.layer - 1} has {self.keys.shape[1]} key heads on this device, the whole model {num_heads}. "
                 "Tensor parallelism is not supported, because each rank would choose other tokens."
             )
-        device = hidden_states.device
+        hidden_states, device = hidden_states.detach(), hidden_states.device
         self.grids = [replace(grid, columns=grid.columns.to(device)) for grid in self.grids]
         keys, self.keys = self.keys.detach().to(device), None
         self.selections = [
             select_tokens(
-                hidden_states[grid.row, grid.columns].detach(),
+                hidden_states[grid.row, grid.columns],
                 keys[grid.row][:, grid.columns],
                 grid.grid,
                 grid.num_keep,
@@ -566,14 +566,26 @@ class PruningPlan:
 
 @dataclass
 class PruningRequest:
-    """What the caller of `forward` asks for, and the plan that the model made of it (None when the stock code ran)."""
+    """What the caller of `forward` asks for, and the plan that the model made of it (None when the stock code ran).
+
+    `num_drafted` of the last tokens may be candidates of speculative decoding, which can copy placeholders from the prompt.
+    """
 
     ratio: float | None = None
+    num_drafted: int = 0
     plan: PruningPlan | None = None
 
     @property
     def record(self) -> PruningRecord | None:
         return None if self.plan is None else self.plan.record
+
+    def without_drafted(self, input_ids: torch.Tensor | None, placeholder: int, num_features: int) -> torch.Tensor | None:
+        """`input_ids` to look for placeholders in. A drafted token is text: features came for the prompt's placeholders alone."""
+        if not self.num_drafted or input_ids is None or int((input_ids == placeholder).sum()) == num_features:
+            return input_ids
+        input_ids = input_ids.clone()
+        input_ids[:, -self.num_drafted :].masked_fill_(input_ids[:, -self.num_drafted :] == placeholder, -1)
+        return input_ids
 
     def supervised_labels(self, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """See `PruningPlan.ignore_dropped`."""

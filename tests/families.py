@@ -59,16 +59,16 @@ def _import(path: str):
     return getattr(importlib.import_module(f"vlmpruner.{module}"), name)
 
 
-def spread_weights(model, scale=6.0):
-    """Make a tiny random model's decoder opinionated: with weights as initialised all hidden states are nearly the same, and no
-    mistake in positions or masks would show."""
+def spread_weights(model):
+    """Make a tiny random model opinionated: with weights as initialised all hidden states are nearly the same, every answer is
+    one token again and again, and no mistake in positions or masks would show."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "language_model.layers" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale * 0.02)
-            elif name.endswith("lm_head.weight"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            if parameter.ndim != 2 or not ("language_model" in name or "lm_head" in name or "projector" in name):
+                continue
+            scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[1] ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 

@@ -1,0 +1,590 @@
+"""What must hold for every family: one matrix, which a new family joins through `families.FAMILIES`."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+
+RATIO = 0.889
+EXACT = {"rtol": 0, "atol": 0}
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def one_image(family):
+    return make_inputs(family, [([picture(1)], "What is in the picture?")])
+
+
+@pytest.fixture
+def rows():
+    """Rows with 0, 1 and 3 images of different sizes and texts of different lengths."""
+    return [
+        ([], "Say something about nothing at all, please."),
+        ([picture(1)], "What is in the picture?"),
+        ([picture(2), picture(3, 200, 300), picture(4, 500, 200)], "Which one?"),
+    ]
+
+
+def generate(model, inputs, **kwargs):
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True} | kwargs
+    return model.generate(**inputs, **kwargs)
+
+
+def step_logits(outputs):
+    return torch.stack(outputs.logits, dim=1)
+
+
+def kept_sets(record):
+    return [(image.row, image.grid, image.kept.tolist()) for image in record]
+
+
+class CountOperations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Off is exact
+
+
+@pytest.mark.parametrize("off", [{"pruning_ratio": 0.0}, {"pruning_method": "none"}], ids=["ratio", "method"])
+def test_off_is_bit_equal_to_the_stock_class(family, off, rows):
+    inputs = make_inputs(family, rows)
+    with torch.no_grad():
+        ours, stock = load_pruned(family, **off)(**inputs), load_stock(family)(**inputs)
+    torch.testing.assert_close(ours.logits, stock.logits, **EXACT)
+    assert ours.pruning_record is None
+    generated = generate(load_pruned(family, **off), inputs)
+    assert type(generated.past_key_values) is DynamicCache
+    torch.testing.assert_close(step_logits(generated), step_logits(generate(load_stock(family), inputs)), **EXACT)
+
+
+def test_text_alone_is_bit_equal_to_the_stock_class(family):
+    inputs = make_inputs(family, [([], "Say something."), ([], "Say something else, and say more of it.")])
+    ours, stock = generate(load_pruned(family), inputs), generate(load_stock(family), inputs)
+    torch.testing.assert_close(step_logits(ours), step_logits(stock), **EXACT)
+    assert load_pruned(family).get_pruning_record(ours) is None
+
+
+def test_off_runs_no_operation_more_than_the_stock_class(family, one_image):
+    counts = []
+    for model in (load_stock(family), load_pruned(family, pruning_ratio=0.0)):
+        with torch.no_grad(), CountOperations() as operations:
+            model(**one_image)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_a_stock_model_in_the_same_process_is_unchanged(family, one_image):
+    before = generate(load_stock(family), one_image)
+    generate(load_pruned(family), one_image)
+    fresh_class = type(load_stock(family))
+    assert fresh_class is family.stock_class
+    torch.testing.assert_close(step_logits(generate(load_stock(family), one_image)), step_logits(before), **EXACT)
+
+
+# What pruning does
+
+
+def test_pruning_shortens_the_cache_from_its_layer_on(family, one_image):
+    model = load_pruned(family)
+    with torch.no_grad():
+        outputs = model(**one_image, use_cache=True)
+    record = outputs.pruning_record
+    for image in record:
+        assert image.num_kept == max(1, round(image.num_visual * (1 - RATIO))) == len(set(image.kept.tolist()))
+        assert sorted(image.order.tolist()) == image.kept.tolist()
+    lengths = [layer.keys.shape[2] for layer in outputs.past_key_values.layers]
+    full = one_image["input_ids"].shape[1]
+    pruned = full - record.num_visual + record.num_kept
+    assert lengths == [full] * 2 + [pruned] * (len(lengths) - 2)
+    assert kept_sets(outputs.past_key_values.pruning_record) == kept_sets(record)
+    assert outputs.logits.shape[:2] == one_image["input_ids"].shape
+
+
+def test_dropped_tokens_are_zero_and_kept_ones_are_in_place(family, one_image):
+    model = load_pruned(family)
+    with torch.no_grad():
+        outputs = model(**one_image, output_hidden_states=True)
+    kept = torch.ones(one_image["input_ids"].shape[1], dtype=torch.bool)
+    for image in outputs.pruning_record:
+        kept[image.positions] = False
+        kept[image.positions[image.kept]] = True
+    assert len(outputs.hidden_states) == model.config.get_text_config().num_hidden_layers + 1
+    for number, states in enumerate(outputs.hidden_states):
+        is_zero = (states[0] == 0).all(-1)
+        assert states.shape[:2] == one_image["input_ids"].shape
+        assert torch.equal(is_zero, ~kept if number > 2 else torch.zeros_like(kept))
+
+
+def test_logits_to_keep(family, one_image):
+    model = load_pruned(family)
+    with torch.no_grad():
+        full, last = model(**one_image).logits, model(**one_image, logits_to_keep=3).logits
+    torch.testing.assert_close(last, full[:, -3:], **CLOSE)
+
+
+def test_attentions_have_the_length_of_their_layer(family, one_image):
+    model = load_pruned(family, attn="eager")
+    with torch.no_grad():
+        outputs = model(**one_image, output_attentions=True)
+    pruned = one_image["input_ids"].shape[1] - outputs.pruning_record.num_visual + outputs.pruning_record.num_kept
+    for layer, attentions in enumerate(outputs.attentions):
+        length = one_image["input_ids"].shape[1] if layer < 2 else pruned
+        assert attentions.shape[-2:] == (length, length)
+
+
+def test_eager_and_sdpa_agree(family, rows):
+    inputs = make_inputs(family, rows)
+    reference, outputs = generate(load_pruned(family), inputs), generate(load_pruned(family, attn="eager"), inputs)
+    assert kept_sets(outputs.past_key_values.pruning_record) == kept_sets(reference.past_key_values.pruning_record)
+    torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
+
+
+def test_flex_attention_agrees_in_a_ragged_prefill(family, rows):
+    """Prefill alone: on a CPU, the compiled flex kernel of the stock model does not decode either (an error in its C++ code)."""
+    inputs = make_inputs(family, rows)
+    with torch.no_grad():
+        flex, sdpa = load_pruned(family, attn="flex_attention")(**inputs), load_pruned(family)(**inputs)
+    assert kept_sets(flex.pruning_record) == kept_sets(sdpa.pruning_record)
+    is_token = inputs["attention_mask"].bool()
+    torch.testing.assert_close(flex.logits[is_token], sdpa.logits[is_token], **CLOSE)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_ragged_batch_equals_single_rows(family, rows, attn):
+    model = load_pruned(family, attn=attn)
+    batch = generate(model, make_inputs(family, rows))
+    record = batch.past_key_values.pruning_record
+    for number, row in enumerate(rows):
+        single = generate(model, make_inputs(family, [row]))
+        torch.testing.assert_close(step_logits(batch)[number], step_logits(single)[0], **CLOSE)
+        single_record = model.get_pruning_record(single) or []
+        assert [image.kept.tolist() for image in record if image.row == number] == [i.kept.tolist() for i in single_record]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_forward_of_a_padded_batch_equals_single_rows(family, rows, padding_side):
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows, padding_side=padding_side)
+    with torch.no_grad():
+        batch = model(**inputs)
+        for number, row in enumerate(rows):
+            single = model(**make_inputs(family, [row])).logits[0]
+            is_token = inputs["attention_mask"][number].bool()
+            torch.testing.assert_close(batch.logits[number][is_token], single, **CLOSE)
+
+
+# Cache
+
+
+def test_cached_decoding_equals_a_full_forward_at_every_step(family, rows):
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows)
+    cached = generate(model, inputs)
+    uncached = generate(model, inputs, use_cache=False)
+    torch.testing.assert_close(step_logits(cached), step_logits(uncached), **CLOSE)
+
+
+def test_static_cache_equals_dynamic_cache(family, rows):
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows)
+    static = generate(model, inputs, cache_implementation="static")
+    assert isinstance(static.past_key_values, StaticCache)
+    torch.testing.assert_close(step_logits(static), step_logits(generate(model, inputs)), **CLOSE)
+
+
+def test_a_prefilled_cache_can_be_copied_and_used_twice(family, one_image):
+    model = load_pruned(family)
+    reference = generate(model, one_image)
+    with torch.no_grad():
+        cache = model(**one_image, use_cache=True).past_key_values
+    cache.crop(-1)  # generate feeds the last token of the prompt itself
+    text = {"input_ids": one_image["input_ids"], "attention_mask": one_image["attention_mask"]}
+    for _ in range(2):
+        outputs = generate(model, text | extra_inputs(one_image), past_key_values=copy.deepcopy(cache))
+        torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
+
+
+def extra_inputs(inputs):
+    """What a family needs on every call beside ids, mask and pixels."""
+    return {name: inputs[name] for name in ("mm_token_type_ids",) if name in inputs}
+
+
+# Decoding modes
+
+
+def test_sampling_with_a_seed_repeats_itself(family, one_image):
+    model = load_pruned(family)
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        samples.append(generate(model, one_image, do_sample=True, num_return_sequences=3).sequences)
+    assert torch.equal(*samples)
+
+
+def test_beam_search_equals_beam_search_without_cache(family, rows):
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows[1:])
+    kwargs = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **kwargs), model.generate(**inputs, **kwargs, use_cache=False))
+
+
+def test_one_beam_of_many_is_no_other_request(family, rows):
+    """The record of a beam search names the rows as they stand at the end, two beams for each row of the input."""
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows[1:])
+    beams = generate(model, inputs, num_beams=2, num_return_sequences=1).past_key_values.pruning_record
+    greedy = generate(model, inputs).past_key_values.pruning_record
+    of_row = {row: [image.kept.tolist() for image in greedy if image.row == row] for row in (0, 1)}
+    assert [[image.kept.tolist() for image in beams if image.row == row] for row in range(4)] == [
+        of_row[0],
+        of_row[0],
+        of_row[1],
+        of_row[1],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
+def test_speculative_decoding_equals_greedy(family, one_image, mode):
+    model = load_pruned(family)
+    greedy = generate(model, one_image, max_new_tokens=12).sequences
+    speculative = {"prompt_lookup_num_tokens": 4} if mode == "prompt_lookup" else {"assistant_model": load_stock(family)}
+    assert torch.equal(generate(model, one_image, max_new_tokens=12, **speculative).sequences, greedy)
+
+
+def test_streaming(family, one_image):
+    model, processor = load_pruned(family), load_processor(family)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    thread = threading.Thread(target=generate, args=(model, one_image), kwargs={"streamer": streamer})
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    new_tokens = generate(model, one_image).sequences[0, one_image["input_ids"].shape[1] :]
+    assert streamed == processor.tokenizer.decode(new_tokens)
+
+
+def test_inputs_embeds_instead_of_ids(family, one_image):
+    model = load_pruned(family)
+    inputs = {name: value for name, value in one_image.items() if name != "input_ids"}
+    with torch.no_grad():
+        inputs["inputs_embeds"] = model.get_input_embeddings()(one_image["input_ids"])
+        embeds, ids = model(**inputs), model(**one_image)
+    assert kept_sets(embeds.pruning_record) == kept_sets(ids.pruning_record)
+    torch.testing.assert_close(embeds.logits, ids.logits, **CLOSE)
+
+
+# Chat over turns
+
+
+def chat_turn(family, images, text):
+    """A later turn: the tokens of a prompt of its own, as they follow an earlier answer."""
+    return make_inputs(family, [(images, text)])
+
+
+@pytest.mark.parametrize("new_images", [0, 1], ids=["text", "image"])
+def test_a_later_turn_equals_one_piece(family, new_images):
+    """A second turn on the cache equals both turns in one forward: visual tokens attend only backwards, so later text changes no
+    selection, and each image is pruned from the states that its own forward gave."""
+    model = load_pruned(family)
+    first, second = chat_turn(family, [picture(1)], "What is it?"), chat_turn(family, [picture(2)] * new_images, "And now?")
+    joined = join_turns(first, second)
+    with torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        turn = later_turn(first, second)
+        outputs = model(**turn, past_key_values=cache)
+        whole = model(**joined)
+    assert len(cache.pruning_record) == len(first_record(model, first)) * (1 + new_images)
+    assert kept_sets(cache.pruning_record)[0] == kept_sets(whole.pruning_record)[0]
+    if new_images:
+        assert outputs.pruning_record.images[0].positions[0] >= first["input_ids"].shape[1]
+        # Layers above the pruning layer saw the first image whole in one piece as well, so the selections agree.
+        assert kept_sets(cache.pruning_record) == kept_sets(whole.pruning_record)
+    torch.testing.assert_close(outputs.logits, whole.logits[:, first["input_ids"].shape[1] :], **CLOSE)
+
+
+def first_record(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).pruning_record
+
+
+def join_turns(first, second):
+    names = {"input_ids": 1, "attention_mask": 1, "mm_token_type_ids": 1}
+    joined = {}
+    for name in {**first, **second}:
+        parts = [turn[name] for turn in (first, second) if name in turn]
+        joined[name] = torch.cat(parts, dim=names.get(name, 0)) if isinstance(parts[0], torch.Tensor) else sum(parts, [])
+    return joined
+
+
+def later_turn(first, second):
+    """The second turn's inputs with the mask of both, and positions that count no padding, as `generate` makes them."""
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, first["input_ids"].shape[1] :]
+    return {**second, "attention_mask": mask, "position_ids": positions}
+
+
+def test_later_turns_of_a_padded_batch_equal_single_rows(family):
+    model = load_pruned(family)
+    firsts = [([picture(1)], "What?"), ([picture(2), picture(3)], "What is in these pictures, then?")]
+    seconds = [([picture(4)], "And in this one, what do you see?"), ([], "Why?")]
+    with torch.no_grad():
+        first, second = make_inputs(family, firsts), make_inputs(family, seconds)
+        cache = model(**first, position_ids=(first["attention_mask"].cumsum(1) - 1).clamp(min=0)).past_key_values
+        turn = later_turn(first, second)
+        batch = model(**turn, past_key_values=cache)
+        step = torch.full((2, 1), 9)
+        mask = torch.cat([turn["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        batch_step = model(
+            input_ids=step, attention_mask=mask, past_key_values=cache, position_ids=mask.sum(1, keepdim=True) - 1
+        )
+        for row in range(2):
+            one_first, one_second = make_inputs(family, [firsts[row]]), make_inputs(family, [seconds[row]])
+            one_cache = model(**one_first, use_cache=True).past_key_values
+            single = model(**later_turn(one_first, one_second), past_key_values=one_cache)
+            is_token = second["attention_mask"][row].bool()
+            torch.testing.assert_close(batch.logits[row][is_token], single.logits[0], **CLOSE)
+            single_step = model(input_ids=step[:1], past_key_values=one_cache)
+            torch.testing.assert_close(batch_step.logits[row], single_step.logits[0], **CLOSE)
+
+
+def test_crop_back_into_generated_text_and_over_an_image(family):
+    model = load_pruned(family)
+    first, second = chat_turn(family, [picture(1)], "What is it?"), chat_turn(family, [picture(2)], "And now?")
+    tokens = torch.tensor([[7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        reference = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
+        model(input_ids=tokens, past_key_values=cache)
+        cache.crop(-3)  # into generated text
+        torch.testing.assert_close(model(input_ids=tokens[:, 2:], past_key_values=cache).logits, reference[:, 2:], **CLOSE)
+        length = cache.get_seq_length()
+        turn = {**second, "attention_mask": torch.ones(1, length + second["input_ids"].shape[1], dtype=torch.long)}
+        model(**turn, past_key_values=cache)
+        cache.crop(length - cache.get_seq_length())  # over the whole second turn, image included
+        cache.crop(-5)
+        assert len(cache.pruning_record) == len(first_record(model, first))
+        torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, reference, **CLOSE)
+        with pytest.raises(ValueError, match="through image 0"):
+            cache.crop(-cache.get_seq_length() + int(cache.pruning_record.images[0].positions[3]))
+
+
+# Requests do not meet
+
+
+def test_interleaved_requests_do_not_meet(family, one_image):
+    model = load_pruned(family)
+    other = make_inputs(family, [([picture(5)], "Something else?"), ([], "And that?")])
+    token = torch.tensor([[9]])
+    with torch.no_grad():
+        alone = [model(**one_image, use_cache=True).past_key_values]
+        expected = model(input_ids=token, past_key_values=alone[0]).logits
+        first = model(**one_image, use_cache=True).past_key_values
+        second = model(**other, use_cache=True).past_key_values
+        mask = torch.cat([other["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        model(input_ids=token.expand(2, 1), attention_mask=mask, past_key_values=second)
+        torch.testing.assert_close(model(input_ids=token, past_key_values=first).logits, expected, **EXACT)
+
+
+def test_two_threads_do_not_meet(family):
+    model = load_pruned(family)
+    inputs = [make_inputs(family, [([picture(seed)], f"Question {seed}?")]) for seed in (1, 2)]
+    expected = [generate(model, each).sequences for each in inputs]
+    results = {}
+
+    def work(number):
+        for _ in range(3):
+            results.setdefault(number, []).append(generate(model, inputs[number]).sequences)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert len(results[number]) == 3 and all(torch.equal(result, expected[number]) for result in results[number])
+
+
+# Ratio and config
+
+
+def test_ratio_of_one_request_and_changed_config(family, one_image):
+    model = copy.deepcopy(load_pruned(family))
+    with torch.no_grad():
+        assert model(**one_image, pruning_ratio=0.0).pruning_record is None
+        half = model(**one_image, pruning_ratio=0.5).pruning_record
+        assert half.num_kept == sum(round(image.num_visual * 0.5) for image in half)
+        assert kept_sets(generate(model, one_image, pruning_ratio=0.5).past_key_values.pruning_record) == kept_sets(half)
+        model.config.pruning_ratio = 0.5
+        assert kept_sets(model(**one_image).pruning_record) == kept_sets(half)
+        model.config.pruning_layer = 1
+        lengths = [layer.keys.shape[2] for layer in model(**one_image, use_cache=True).past_key_values.layers]
+        assert lengths[0] > lengths[1] == lengths[2]
+        for bad in (1.0, -0.1, float("nan"), "0.5", True):
+            with pytest.raises(ValueError, match=r"pruning_ratio must be a number in \[0, 1\)"):
+                model(**one_image, pruning_ratio=bad)
+        with pytest.raises(ValueError, match="pruning_ratio"):
+            generate(model, one_image, pruning_ratio=2.0)
+        model.config.pruning_token_batch = 0
+        with pytest.raises(ValueError, match="pruning_token_batch"):
+            model(**one_image)
+
+
+# Training
+
+
+def supervised(inputs):
+    """Labels for everything that is no image and no padding."""
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return labels.masked_fill(labels == load_image_id(inputs), -100)
+
+
+def load_image_id(inputs):
+    return inputs["input_ids"].flatten().mode().values
+
+
+def test_loss_and_gradient_with_and_without_checkpointing(family, rows):
+    inputs = make_inputs(family, rows[1:])
+    labels = supervised(inputs)
+    gradients = []
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = copy.deepcopy(load_pruned(family)).train()
+        model.enable_input_require_grads()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        outputs = model(**inputs, labels=labels)
+        outputs.loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+        assert outputs.loss.isfinite()
+    tower = [name for name in gradients[0] if "vis" in name]
+    assert any(gradients[0][name].abs().max() > 0 for name in tower)
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_loss_ignores_what_a_dropped_token_would_predict(family, one_image):
+    model = load_pruned(family)
+    labels = supervised(one_image)
+    with torch.no_grad():
+        outputs = model(**one_image, labels=labels)
+    kept = torch.ones_like(labels, dtype=torch.bool)
+    for image in outputs.pruning_record:
+        kept[0, image.positions] = False
+        kept[0, image.positions[image.kept]] = True
+    counted = kept[:, :-1] & (labels[:, 1:] != -100)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][counted].float(), labels[:, 1:][counted])
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+# Precision, devices, files
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_is_finite(family, rows, dtype):
+    model = copy.deepcopy(load_pruned(family)).to(dtype)
+    with torch.no_grad():
+        outputs = model(**make_inputs(family, rows).to(dtype))
+    assert outputs.logits.isfinite().all() and outputs.logits.dtype == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path, device):
+    load_pruned(family).save_pretrained(tmp_path / "model")
+    layers = "model.language_model.layers"
+    device_map = {name.removesuffix(".weight").removesuffix(".bias"): "cpu" for name, _ in load_pruned(family).named_parameters()}
+    device_map = {name: place for name, place in device_map.items() if not name.startswith(f"{layers}.")}
+    num_layers = load_pruned(family).config.get_text_config().num_hidden_layers
+    device_map |= {f"{layers}.{layer}": "cpu" if layer < 2 else device for layer in range(num_layers)}
+    model = family.pruned_class.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    assert torch.equal(generate(model, one_image).sequences, generate(load_pruned(family), one_image).sequences)
+
+
+def test_device_map_never_splits_a_layer(family):
+    model = load_pruned(family)
+    layer_class = type(model.model.language_model.layers[0]).__name__
+    assert layer_class.startswith("Pruned") and layer_class in model._no_split_modules
+
+
+def test_save_and_reload(family, one_image, tmp_path):
+    model = load_pruned(family)
+    model.save_pretrained(tmp_path)
+    reloaded, info = family.pruned_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert reloaded.config.pruning_ratio == RATIO
+    assert torch.equal(generate(reloaded.eval(), one_image).sequences, generate(model, one_image).sequences)
+    with_code = {"configuration_vlmpruner.py", "token_pruning.py", "pruned_decoder.py"}
+    assert with_code <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_loading_the_base_checkpoint_reproduces_it_unpruned(family):
+    from safetensors.torch import load_file
+
+    expected = load_file(family.checkpoint / "expected.safetensors")
+    model, info = family.pruned_class.from_pretrained(family.checkpoint, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    generated, logits = expected.pop("generated"), expected.pop("step_logits")
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in expected.items()}
+    with_types = add_token_types(model, inputs)
+    outputs = generate(model.eval(), with_types, max_new_tokens=8, min_new_tokens=8, pruning_ratio=0.0)
+    assert torch.equal(outputs.sequences, generated)
+    torch.testing.assert_close(step_logits(outputs)[0], logits.float(), rtol=0, atol=1e-3)
+
+
+def add_token_types(model, inputs):
+    if "image_grid_thw" not in inputs:
+        return inputs
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).int()}
+
+
+def test_a_missing_weight_fails(family, tmp_path):
+    load_pruned(family).save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    dropped = next(name for name in weights if "layers.1.self_attn.q_proj.weight" in name)
+    del weights[dropped]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights.*layers\.1\.self_attn\.q_proj\.weight"):
+        family.pruned_class.from_pretrained(tmp_path)
+
+
+# Wrong input
+
+
+def test_wrong_input_is_named(family, one_image):
+    model = load_pruned(family)
+    mask = torch.ones(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"2-D attention_mask.*\(1, 1, 8, 8\)"):
+        model(**(one_image | {"attention_mask": mask}))
+    fewer = one_image["input_ids"].clone()
+    is_image = fewer == model.config.image_token_id
+    fewer[0, is_image[0].nonzero()[0]] = 9
+    with pytest.raises(ValueError, match="do not match"):
+        model(**(one_image | {"input_ids": fewer}))
+
+
+def test_a_cache_pruned_at_another_layer_is_refused(family, one_image):
+    model = copy.deepcopy(load_pruned(family))
+    with torch.no_grad():
+        cache = model(**one_image, use_cache=True).past_key_values
+        model.config.pruning_layer = 1
+        with pytest.raises(ValueError, match=r"pruning_layer=2.*pruning_layer=1"):
+            model(**later_turn(one_image, one_image), past_key_values=cache)
