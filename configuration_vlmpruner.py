@@ -27,6 +27,7 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
     )
 
 PRUNING_METHODS = ("vlm_pruner", "none")
+VIDEO_SCOPES = ("slice", "video")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class PruningConfig:
             (beta). 1 switches aggregation off.
         pruning_fill_budget (`bool`): whether to go on when a round takes nothing. `False` reproduces the authors' code, which
             stops there and may keep fewer tokens than asked for.
+        pruning_video_scope (`str`): `"slice"` prunes each temporal slice of a video as an image of its own; `"video"` gives all
+            slices one budget and one selection, in which a step of one slice counts as far as a step of one token in the plane
+            (as in the position ids of Qwen2-VL, where both advance by one). Models without video ignore it.
     """
 
     base_model_type: ClassVar[str]
@@ -76,6 +80,7 @@ class PruningConfig:
     pruning_token_batch: int = PruningParameters.token_batch
     pruning_aggregation_weight: float | int = PruningParameters.aggregation_weight
     pruning_fill_budget: bool = PruningParameters.fill_budget
+    pruning_video_scope: str = "slice"
 
     def __post_init__(self, **kwargs):
         unknown = sorted(key for key in kwargs if key.startswith("pruning_"))
@@ -105,6 +110,8 @@ class PruningConfig:
         """
         if self.pruning_method not in PRUNING_METHODS:
             raise ValueError(f"pruning_method must be one of {PRUNING_METHODS}, got {self.pruning_method!r}.")
+        if self.pruning_video_scope not in VIDEO_SCOPES:
+            raise ValueError(f"pruning_video_scope must be one of {VIDEO_SCOPES}, got {self.pruning_video_scope!r}.")
         check_ratio(self.pruning_ratio)
         num_layers = self.get_text_config(decoder=True).num_hidden_layers
         if not is_count(self.pruning_layer) or not 1 <= self.pruning_layer < num_layers:
@@ -149,9 +156,9 @@ class PruningConfig:
         for layer, layer_type in enumerate(layer_types[self.pruning_layer :], start=self.pruning_layer):
             if layer_type != "full_attention":
                 raise ValueError(
-                    f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (sliding_window={window}), "
-                    f"but pruning at pruning_layer={self.pruning_layer} needs full_attention in that layer and all above, because "
-                    "a window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
+                    f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (window {window}), but "
+                    f"pruning at pruning_layer={self.pruning_layer} needs full_attention in that layer and all above: a window "
+                    "counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
                 )
 
 

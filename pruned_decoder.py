@@ -13,94 +13,71 @@ Notable choices:
 - One mask serves all layers from the pruning layer on; it is sized by their own cache length (`layer_idx`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_causal_mask
 
 from .configuration_vlmpruner import PruningSettings
+from .pruned_cache import PrunedImage, PruningRecord, continued_padding_mask, open_state, pruning_state
 from .token_pruning import Selection, aggregate_tokens, num_tokens_to_keep, select_tokens
+
+
+# Key of the pruned layers' mask among the masks that `generate` makes in advance for compiled decoding.
+PRUNED_MASK = "pruned_attention"
 
 
 @dataclass(frozen=True)
 class GridView:
-    """The visual tokens of an image that lie on one (height, width) grid.
+    """The visual tokens of an image or video that lie on one (height, width) or (frames, height, width) grid.
 
-    Token (y, x) of the grid is row `start + y * row_stride + x` of the image's features. Rows of the features that no view
-    covers (a class token, row-end newlines) are structure: never candidates, always kept.
+    Token (f, y, x) of the grid is row `start + f * height * width + y * row_stride + x` of the features. Rows of the features
+    that no view covers (a class token, row-end newlines) are structure: never candidates, always kept.
     """
 
     height: int
     width: int
     start: int = 0
     row_stride: int | None = None
+    frames: int = 1
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.height, self.width) if self.frames == 1 else (self.frames, self.height, self.width)
 
     def token_indices(self, device: torch.device) -> torch.LongTensor:
-        """Rows of the image's features, in row-major order of the grid. [height * width]"""
+        """Rows of the features, in row-major order of the grid. [frames * height * width]"""
+        f = torch.arange(self.frames, device=device)[:, None, None] * (self.height * self.width)
         y = torch.arange(self.height, device=device)[:, None] * (self.row_stride or self.width)
-        return (self.start + y + torch.arange(self.width, device=device)).flatten()
+        return (self.start + f + y + torch.arange(self.width, device=device)).flatten()
+
+
+def video_views(frames: int, height: int, width: int, scope: str) -> list[GridView]:
+    """The grids of a video of `frames` slices: one each with scope "slice", one for all with "video"."""
+    if scope == "video":
+        return [GridView(height, width, frames=frames)]
+    return [GridView(height, width, start=frame * height * width) for frame in range(frames)]
 
 
 @dataclass(frozen=True)
-class PrunedImage:
-    """What was kept of one grid of visual tokens.
+class VisualTokens:
+    """The images, or the videos, that come with a call.
 
     Attributes:
-        row: row of the batch.
-        image: number of the image in the request, counted over all rows in order.
-        view: number of the grid within its image (LLaVA-1.5 has one).
-        grid: (height, width) of the grid, in tokens.
-        positions: [height * width] int64, place of each of the grid's tokens in the sequence, padding included.
-        order: [num_kept] int64, indices into the grid (row-major) in order of selection.
+        modality: "image" or "video".
+        mask: [batch, length] bool, True at the tokens that hold the features, which fill them in row-major order.
+        features: for each image in prompt order, [num_features, hidden_size].
+        views: for each image, its grids.
     """
 
-    row: int
-    image: int
-    view: int
-    grid: tuple[int, int]
-    positions: torch.LongTensor
-    order: torch.LongTensor
-
-    @property
-    def kept(self) -> torch.LongTensor:
-        """[num_kept] int64, the kept indices into the grid, ascending."""
-        return self.order.sort().values
-
-    @property
-    def num_visual(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_kept(self) -> int:
-        return self.order.shape[0]
-
-
-@dataclass(frozen=True)
-class PruningRecord:
-    """What a request kept: one `PrunedImage` per grid, ordered by row and image."""
-
-    images: tuple[PrunedImage, ...] = ()
-
-    def __iter__(self) -> Iterator[PrunedImage]:
-        return iter(self.images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def num_visual(self) -> int:
-        """Visual tokens on all grids before pruning."""
-        return sum(image.num_visual for image in self.images)
-
-    @property
-    def num_kept(self) -> int:
-        """Visual tokens on all grids after pruning."""
-        return sum(image.num_kept for image in self.images)
+    modality: str
+    mask: torch.BoolTensor
+    features: Sequence[torch.Tensor]
+    views: Sequence[Sequence[GridView]]
 
 
 @dataclass(frozen=True)
@@ -110,9 +87,50 @@ class VisualGrid:
     row: int
     image: int
     view: int
-    grid: tuple[int, int]
+    modality: str
+    grid: tuple[int, ...]
     columns: torch.LongTensor
     num_keep: int
+
+    def record(self, order: torch.LongTensor, past_length: int) -> PrunedImage:
+        return PrunedImage(self.row, self.image, self.view, self.modality, self.grid, self.columns + past_length, order)
+
+
+def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
+    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove.
+
+    Raises:
+        ValueError: if the images do not fill the rows one after another.
+    """
+    columns = visual.mask.nonzero()[:, 1]
+    lengths = [len(features) for features in visual.features]
+    rows = _rows_of_images(visual.mask.sum(1).tolist(), lengths, visual.modality)
+    grids, offset = [], 0
+    for image, (row, length, views) in enumerate(zip(rows, lengths, visual.views, strict=True)):
+        image_columns = columns[offset : offset + length]
+        offset += length
+        for number, view in enumerate(views):
+            tokens = view.token_indices(columns.device)
+            num_keep = num_tokens_to_keep(len(tokens), ratio)
+            grids.append(VisualGrid(row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep))
+    return grids
+
+
+def _rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
+    rows, row, free = [], 0, tokens_of_rows[0] if tokens_of_rows else 0
+    for image, num_features in enumerate(features_of_images):
+        while free == 0 and row + 1 < len(tokens_of_rows):
+            row += 1
+            free = tokens_of_rows[row]
+        if num_features > free:
+            raise ValueError(
+                f"{modality.capitalize()} {image} has {num_features} features, but row {row} of the batch has only {free} of "
+                f"its {tokens_of_rows[row]} placeholders left. Each row needs the placeholders of its own {modality}s. "
+                "(A prompt that is prefilled in chunks can not be cut within an image: set prefill_chunk_size=None.)"
+            )
+        rows.append(row)
+        free -= num_features
+    return rows
 
 
 @dataclass
@@ -150,49 +168,6 @@ def _over_features(per_token: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     return per_token.reshape(*per_token.shape, *(1 for _ in trailing)).expand(*per_token.shape, *trailing)
 
 
-def visual_grids(
-    visual_mask: torch.BoolTensor, images: Sequence[tuple[int, Sequence[GridView]]], ratio: float
-) -> list[VisualGrid]:
-    """Place the images of a call in its tokens.
-
-    Args:
-        visual_mask: [batch, length], True at the tokens that hold image features, which fill them in row-major order.
-        images: for each image in prompt order, its number of features and its grids.
-        ratio: fraction of each grid to remove.
-
-    Raises:
-        ValueError: if the images do not fill the rows one after another, or a grid does not fit its image.
-    """
-    columns = visual_mask.nonzero()[:, 1]
-    rows = _rows_of_images(visual_mask.sum(1).tolist(), [num_features for num_features, _ in images])
-    grids, offset = [], 0
-    for image, (row, (num_features, views)) in enumerate(zip(rows, images, strict=True)):
-        image_columns = columns[offset : offset + num_features]
-        offset += num_features
-        for number, view in enumerate(views):
-            tokens = view.token_indices(columns.device)
-            num_keep = num_tokens_to_keep(len(tokens), ratio)
-            grids.append(VisualGrid(row, image, number, (view.height, view.width), image_columns[tokens], num_keep))
-    return grids
-
-
-def _rows_of_images(tokens_of_rows: list[int], features_of_images: list[int]) -> list[int]:
-    rows, row, free = [], 0, tokens_of_rows[0] if tokens_of_rows else 0
-    for image, num_features in enumerate(features_of_images):
-        while free == 0 and row + 1 < len(tokens_of_rows):
-            row += 1
-            free = tokens_of_rows[row]
-        if num_features > free:
-            raise ValueError(
-                f"Image {image} has {num_features} features, but row {row} of the batch has only {free} of its "
-                f"{tokens_of_rows[row]} image placeholders left. Each row needs the placeholders of its own images. "
-                "(A prompt that is prefilled in chunks can not be cut within an image: set prefill_chunk_size=None.)"
-            )
-        rows.append(row)
-        free -= num_features
-    return rows
-
-
 class KeyRecorder:
     """A cache as one attention layer sees it, which also leaves that layer's new keys (after RoPE) with the plan.
 
@@ -213,195 +188,6 @@ class KeyRecorder:
         return getattr(self.cache, name)
 
 
-class PrunedCacheState:
-    """What a cache remembers of the tokens that its layers from `layer` on do not hold.
-
-    `positions` describes the first entries of those layers: [rows, entries] int64, the place of an entry in the full sequence,
-    -1 for padding. Everything after them, and after `full_length` in the full sequence, is one to one: decoded tokens and
-    later turns of text. `rows` tells which described row each row of the cache is, because beam search moves rows at every step.
-    """
-
-    def __init__(self, layer: int):
-        self.layer = layer
-        self.clear()
-
-    def clear(self) -> None:
-        self.full_length = 0
-        self.positions: torch.LongTensor | None = None
-        self.has_padding = False
-        self.rows: torch.LongTensor | None = None
-        self._record = PruningRecord()
-
-    @property
-    def num_entries(self) -> int:
-        return 0 if self.positions is None else self.positions.shape[1]
-
-    @property
-    def record(self) -> PruningRecord:
-        """What was kept, for the rows as they are now."""
-        self._settle_rows()
-        return self._record
-
-    def extend(self, packing: Packing, record: PruningRecord, attention_mask: torch.Tensor | None, past_length: int) -> None:
-        """Describe the entries up to the end of a call that prunes.
-
-        Args:
-            packing: of the call's tokens.
-            record: what the call kept.
-            attention_mask: the caller's 2-D mask of the whole sequence, or None.
-            past_length: full sequence length before the call.
-        """
-        self._settle_rows()
-        batch, device = packing.index.shape[0], packing.index.device
-        since = torch.arange(self.full_length, past_length, device=device).expand(batch, -1)
-        if attention_mask is not None:
-            is_padding = attention_mask[:, self.full_length : past_length].to(device) == 0
-            self.has_padding |= bool(is_padding.any())
-            since = since.masked_fill(is_padding, -1)
-        new = packing.index + past_length
-        if packing.valid is not None:
-            self.has_padding = True
-            new = new.masked_fill(~packing.valid, -1)
-        described = [] if self.positions is None else [self.positions.to(device)]
-        self.positions = torch.cat([*described, since, new], dim=1)
-        self.full_length = past_length + packing.kept.shape[1]
-        num_images = max((image.image + 1 for image in self._record), default=0)
-        later = tuple(replace(image, image=image.image + num_images) for image in record)
-        self._record = PruningRecord(self._record.images + later)
-
-    def padding_mask(self, attention_mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
-        """The 2-D mask of the pruned layers' entries, or None where none is padding.
-
-        Args:
-            attention_mask: the caller's 2-D mask of the whole sequence, or None where it has no padding.
-            kv_length: number of entries that the layers will hold or have room for.
-        """
-        if attention_mask is None and not self.has_padding:
-            return None
-        self._settle_rows()
-        described = self.positions >= 0
-        if attention_mask is None:
-            later = described.new_ones(described.shape[0], kv_length - self.num_entries)
-        else:
-            later = attention_mask[:, self.full_length :].to(described.device, torch.bool)
-        return torch.cat([described, later], dim=1)
-
-    def crop(self, target: int, num_entries: int) -> int:
-        """Forget what lies at and after `target` in the full sequence.
-
-        Args:
-            target: full sequence length to go back to, below the present one.
-            num_entries: how many entries the pruned layers hold now.
-
-        Returns:
-            How many entries to remove from the pruned layers.
-
-        Raises:
-            ValueError: where the cut would go through an image, or leave rows of different length.
-        """
-        if target >= self.full_length:
-            return num_entries - self.num_entries - (target - self.full_length)
-        self._settle_rows()
-        gone = self.positions >= target
-        stays = (self.positions >= 0) & ~gone
-        num_stay = int(stays.any(0).nonzero().max()) + 1 if stays.any() else 0
-        cut = [image for image in self._record if image.positions[0] < target <= image.positions[-1]]
-        if cut or gone[:, :num_stay].any():
-            where = f"through image {cut[0].image} of row {cut[0].row}" if cut else "through pruned rows at different places"
-            raise ValueError(
-                f"Cropping this cache to {target} tokens would cut {where}, where tokens were pruned. Crop to a length at which "
-                "every image is wholly in or wholly out."
-            )
-        removed = num_entries - num_stay
-        self.positions = self.positions[:, :num_stay]
-        self.full_length = target
-        self._record = PruningRecord(tuple(image for image in self._record if image.positions[0] < target))
-        return removed
-
-    def move_rows(self, rows: torch.LongTensor) -> None:
-        """Row r of the cache becomes what row `rows[r]` was."""
-        if self.positions is not None:
-            rows = rows.to(self.positions.device)
-            self.rows = rows if self.rows is None else self.rows[rows]
-
-    def repeat_rows(self, repeats: int) -> None:
-        if self.positions is not None:
-            rows = torch.arange(self.positions.shape[0], device=self.positions.device) if self.rows is None else self.rows
-            self.rows = rows.repeat_interleave(repeats)
-
-    def _settle_rows(self) -> None:
-        if self.rows is None:
-            return
-        self.positions = self.positions[self.rows]
-        images = [
-            replace(image, row=row)
-            for row, source in enumerate(self.rows.tolist())
-            for image in self._record
-            if image.row == source
-        ]
-        number_of = {}
-        self._record = PruningRecord(
-            tuple(replace(image, image=number_of.setdefault((image.row, image.image), len(number_of))) for image in images)
-        )
-        self.rows = None
-
-
-class PrunedCacheMixin:
-    """Put in front of a cache's class when its layers from `pruning_state.layer` on hold fewer tokens than those below."""
-
-    pruning_state: PrunedCacheState
-
-    @property
-    def pruning_record(self) -> PruningRecord:
-        """What was kept of each image, over all turns that this cache holds."""
-        return self.pruning_state.record
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the negated number of tokens to remove from a pruned cache, got {tokens_to_remove}.")
-        full_length, layer = self.get_seq_length(), self.pruning_state.layer
-        target = max(full_length + tokens_to_remove, 0)
-        removed = full_length - target
-        removed_pruned = self.pruning_state.crop(target, self.get_seq_length(layer)) if removed else 0
-        for number, cache_layer in enumerate(self.layers):
-            cache_layer.crop(-removed if number < layer else -removed_pruned)
-
-    def reset(self) -> None:
-        super().reset()
-        self.pruning_state.clear()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.pruning_state.move_rows(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.pruning_state.move_rows(torch.as_tensor(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.pruning_state.repeat_rows(repeats)
-
-
-@lru_cache
-def _pruned_cache_class(cache_class: type[Cache]) -> type[Cache]:
-    return type(f"Pruned{cache_class.__name__}", (PrunedCacheMixin, cache_class), {})
-
-
-def pruning_state(cache: Cache | None) -> PrunedCacheState | None:
-    """The state of a cache that was pruned, else None."""
-    state = getattr(cache, "pruning_state", None)
-    return state if state is not None and state.positions is not None else None
-
-
-def _open_state(cache: Cache, layer: int) -> PrunedCacheState:
-    if not isinstance(cache, PrunedCacheMixin):
-        cache.__class__ = _pruned_cache_class(type(cache))
-        cache.pruning_state = PrunedCacheState(layer)
-    cache.pruning_state.layer = layer
-    return cache.pruning_state
-
-
 @dataclass
 class PruningPlan:
     """What one forward call does at and above the pruning layer.
@@ -413,6 +199,8 @@ class PruningPlan:
         grids: what to select from; empty in a call that only continues on a pruned cache.
         settings: how to select; None in such a call.
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
+        deepstack: for each of the first layers, what to add after it: the tokens [batch, length] bool and, in their row-major
+            order, their features [num_visual, hidden_size].
         record: what was kept, once the pruning layer has run.
     """
 
@@ -422,6 +210,7 @@ class PruningPlan:
     grids: Sequence[VisualGrid] = ()
     settings: PruningSettings | None = None
     prepared_mask: torch.Tensor | None = None
+    deepstack: Sequence[tuple[torch.BoolTensor, torch.Tensor]] = ()
     record: PruningRecord | None = field(default=None, init=False)
     keys: torch.Tensor | None = field(default=None, init=False)
     selections: list[Selection] | None = field(default=None, init=False)
@@ -430,6 +219,8 @@ class PruningPlan:
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
+        if 1 <= layer_idx <= len(self.deepstack):
+            hidden_states = self._add_deepstack(hidden_states, layer_idx - 1)
         if layer_idx == self.layer - 1 and self.grids:
             inputs = inputs | {"past_key_values": KeyRecorder(inputs.get("past_key_values"), self)}
         if layer_idx == self.layer:
@@ -461,6 +252,16 @@ class PruningPlan:
             labels[:, 1:][dropped[:, :-1]] = ignore_index
         return labels
 
+    def _add_deepstack(self, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+        """Add the visual features that belong after `layer` to the tokens that are still there."""
+        mask, features = self.deepstack[layer]
+        mask = mask.to(hidden_states.device)
+        added = hidden_states.new_zeros(*mask.shape, hidden_states.shape[-1])
+        added[mask] = features.to(hidden_states.device, hidden_states.dtype)
+        if layer >= self.layer and self.packing is not None:
+            added = self.packing.pack(added)
+        return hidden_states + added
+
     def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
         cache = inputs.get("past_key_values")
         if not self.grids:
@@ -483,8 +284,8 @@ class PruningPlan:
         num_heads = self.config.num_key_value_heads
         if self.keys.shape[1] != num_heads:
             raise ValueError(
-                f"Decoder layer {self.layer - 1} has {self.keys.shape[1]} key heads on this device, the whole model {num_heads}. "
-                "Tensor parallelism is not supported, because each rank would choose other tokens."
+                f"Decoder layer {self.layer - 1} has {self.keys.shape[1]} key heads here, the whole model {num_heads}. Tensor "
+                "parallelism is not supported, because each rank would choose other tokens."
             )
         hidden_states, device = hidden_states.detach(), hidden_states.device
         self.grids = [replace(grid, columns=grid.columns.to(device)) for grid in self.grids]
@@ -536,14 +337,14 @@ class PruningPlan:
         past_length = 0 if cache is None else int(cache.get_seq_length()) - self.packing.kept.shape[1]
         self.record = PruningRecord(
             tuple(
-                PrunedImage(grid.row, grid.image, grid.view, grid.grid, grid.columns + past_length, selection.order)
-                for grid, selection in zip(self.grids, self.selections, strict=True)
+                grid.record(selection.order, past_length) for grid, selection in zip(self.grids, self.selections, strict=True)
             )
         )
         if cache is None:
             return self._causal_mask(packed, self.packing.valid, cache)
-        state = _open_state(cache, self.layer)
-        state.extend(self.packing, self.record, self.attention_mask, past_length)
+        state = open_state(cache, self.layer)
+        index, valid, length = self.packing.index, self.packing.valid, self.packing.kept.shape[1]
+        state.extend(index, valid, length, past_length, self.record, self.attention_mask)
         kv_length, _ = cache.get_mask_sizes(packed.shape[1], self.layer)
         return self._causal_mask(packed, state.padding_mask(None, kv_length), cache)
 
@@ -564,34 +365,6 @@ class PruningPlan:
         )
 
 
-@dataclass
-class PruningRequest:
-    """What the caller of `forward` asks for, and the plan that the model made of it (None when the stock code ran).
-
-    `num_drafted` of the last tokens may be candidates of speculative decoding, which can copy placeholders from the prompt.
-    """
-
-    ratio: float | None = None
-    num_drafted: int = 0
-    plan: PruningPlan | None = None
-
-    @property
-    def record(self) -> PruningRecord | None:
-        return None if self.plan is None else self.plan.record
-
-    def without_drafted(self, input_ids: torch.Tensor | None, placeholder: int, num_features: int) -> torch.Tensor | None:
-        """`input_ids` to look for placeholders in. A drafted token is text: features came for the prompt's placeholders alone."""
-        if not self.num_drafted or input_ids is None or int((input_ids == placeholder).sum()) == num_features:
-            return input_ids
-        input_ids = input_ids.clone()
-        input_ids[:, -self.num_drafted :].masked_fill_(input_ids[:, -self.num_drafted :] == placeholder, -1)
-        return input_ids
-
-    def supervised_labels(self, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        """See `PruningPlan.ignore_dropped`."""
-        return labels if self.plan is None else self.plan.ignore_dropped(labels, **kwargs)
-
-
 def _on_device(layer_inputs: dict, device: torch.device) -> dict:
     """Move the inputs of the pruned layers, for models whose layers are spread over devices."""
 
@@ -603,32 +376,13 @@ def _on_device(layer_inputs: dict, device: torch.device) -> dict:
     return {name: move(value) for name, value in layer_inputs.items()}
 
 
-def continued_padding_mask(cache: Cache, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The 2-D mask of the pruned layers in a call of `length` tokens that adds no image.
-
-    Raises:
-        ValueError: if the caller's 2-D `attention_mask` does not cover the tokens since the last pruned call.
-    """
-    state = cache.pruning_state
-    kv_length, _ = cache.get_mask_sizes(length, state.layer)
-    if attention_mask is not None and not cache.is_compileable:
-        needed = state.full_length + kv_length - state.num_entries
-        if attention_mask.shape[1] != needed:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but the cache and the new tokens make {needed}. "
-                "Pass the mask of the whole unpruned sequence, or None."
-            )
-    return state.padding_mask(attention_mask, kv_length)
-
-
 def make_plan(
     config: PreTrainedConfig,
     settings: PruningSettings | None,
     cache: Cache | None,
     attention_mask: torch.Tensor | dict | None,
     position_ids: torch.Tensor | None,
-    visual_mask: torch.BoolTensor | None,
-    images: Sequence[tuple[int, Sequence[GridView]]],
+    visuals: Sequence[VisualTokens],
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -638,7 +392,7 @@ def make_plan(
         cache: the cache, if there is one.
         attention_mask: the caller's 2-D mask, None, or what `create_masks_for_generate` below made.
         position_ids: the caller's, if any.
-        visual_mask, images: see `visual_grids`.
+        visuals: the images and videos among the new tokens.
 
     Raises:
         ValueError: for masks and positions that say more than which tokens are padding, for a cache that was pruned at another
@@ -650,10 +404,10 @@ def make_plan(
         shape = getattr(attention_mask, "shape", None)
         if not isinstance(attention_mask, torch.Tensor) or len(shape) != 2:
             raise ValueError(
-                "Pruning needs a 2-D attention_mask [batch, length] that marks padding, because layers hold different tokens; got "
-                f"{type(attention_mask).__name__} of shape {tuple(shape) if shape else None}. Set pruning_ratio=0 to use it."
+                "Pruning needs a 2-D attention_mask [batch, length] that marks padding, as layers hold different tokens; "
+                f"got {type(attention_mask).__name__} of shape {tuple(shape) if shape else None}. Set pruning_ratio=0 to use it."
             )
-    if settings is None or not images:
+    if settings is None or not visuals:
         if state is None:
             raise ValueError("Nothing to plan: no visual tokens to prune and no pruned cache.")
         mask = None if prepared_mask is not None else attention_mask
@@ -665,7 +419,9 @@ def make_plan(
         )
     if cache is None and attention_mask is None:
         _refuse_packed_sequences(position_ids)
-    return PruningPlan(config, settings.layer, attention_mask, visual_grids(visual_mask, images, settings.ratio), settings)
+    grids = [grid for visual in visuals for grid in visual_grids(visual, settings.ratio)]
+    grids.sort(key=lambda grid: grid.row)
+    return PruningPlan(config, settings.layer, attention_mask, grids, settings)
 
 
 def _refuse_packed_sequences(position_ids: torch.Tensor | None) -> None:
@@ -705,95 +461,11 @@ def prune_decoder(decoder: nn.Module) -> set[str]:
     """
     model_type = decoder.config.model_type
     if model_type not in SUPPORTED_DECODERS:
-        raise ValueError(f"Language models of type {model_type!r} are not supported. Supported: {', '.join(SUPPORTED_DECODERS)}.")
+        raise ValueError(
+            f"Language models of type {model_type!r} are not supported. Supported: {', '.join(SUPPORTED_DECODERS)}."
+        )
     for layer in decoder.layers:
         layer.__class__ = _pruned_layer_class(type(layer))
     names = {type(layer).__name__ for layer in decoder.layers}
     decoder._no_split_modules = {*decoder._no_split_modules, *names}
     return names
-
-
-def register_weight_renaming(**base_class_of: str) -> None:
-    """Let checkpoints of the base classes load into ours: the library renames old parameters by class, and skips custom code.
-
-    Args:
-        base_class_of: name of our class -> class name or model type that the library knows a renaming for.
-    """
-    for name, base in base_class_of.items():
-        renaming = get_checkpoint_conversion_mapping(base)
-        if renaming is not None:
-            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
-
-
-# Key of the pruned layers' mask among the masks that `generate` makes in advance for compiled decoding.
-PRUNED_MASK = "pruned_attention"
-STOCK_MASK = "stock_attention"
-
-
-class PrunedForConditionalGenerationMixin:
-    """What every generating model of ours adds to its stock class, apart from `forward`."""
-
-    _auto_class = "AutoModelForImageTextToText"
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """See `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on.
-        """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}."
-            )
-        return (model, info) if output_loading_info else model
-
-    def get_pruning_record(self, outputs) -> PruningRecord | None:
-        """What was kept, from the outputs of `forward` or `generate(..., return_dict_in_generate=True)`; None if nothing was pruned."""
-        record = getattr(outputs, "pruning_record", None)
-        if record is None and (state := pruning_state(getattr(outputs, "past_key_values", None))) is not None:
-            record = state.record
-        return record
-
-    def supervised_loss(self, logits: torch.Tensor, labels: torch.Tensor, request: PruningRequest, **kwargs) -> torch.Tensor:
-        """The stock loss, without the labels that a dropped token would predict."""
-        if (shift_labels := kwargs.get("shift_labels")) is not None:
-            kwargs["shift_labels"] = request.supervised_labels(shift_labels, is_shifted=True)
-        labels = request.supervised_labels(labels)
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """The masks that `generate` prepares for compiled decoding, with one more for the pruned layers."""
-        if inputs_embeds.shape[1] > 1:
-            return attention_mask  # a prefill: the model makes its masks itself, once it knows what stays
-        masks = create_masks_for_generate(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        state = pruning_state(past_key_values)
-        if state is None:
-            return masks
-        pruned_mask = create_causal_mask(
-            config=config.get_text_config(decoder=True),
-            inputs_embeds=inputs_embeds,
-            attention_mask=continued_padding_mask(past_key_values, attention_mask, inputs_embeds.shape[1]),
-            past_key_values=past_key_values,
-            position_ids=None,
-            layer_idx=state.layer,
-        )
-        return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
-
-
-def stock_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
-    """Of masks made by `create_masks_for_generate`, those of the stock decoder; any other mask as it is."""
-    if not isinstance(attention_mask, dict) or PRUNED_MASK not in attention_mask:
-        return attention_mask
-    masks = {name: mask for name, mask in attention_mask.items() if name != PRUNED_MASK}
-    return masks.get(STOCK_MASK, masks)

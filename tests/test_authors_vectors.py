@@ -7,9 +7,11 @@ import torch
 from families import DATA
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
+from vlmpruner.pruned_decoder import GridView
 
 
 def load_case(name):
@@ -41,7 +43,14 @@ def decode_steps(case, tensors, prefill, step):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_llava_equals_the_authors_model(attn):
     case, tensors = load_case("e2e_llava")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     text_config = LlamaConfig(
         **{name: case[name] for name in names},
         rms_norm_eps=case["rms_norm_eps"],
@@ -68,7 +77,7 @@ def test_llava_equals_the_authors_model(attn):
     is_image = tensors["input_ids"] == case["image_token_id"]
     inputs_embeds = model.get_input_embeddings()(tensors["input_ids"])
     features = tensors["image_features"].float()
-    model.model.get_image_features = lambda *args, **kwargs: _features(model, features)
+    model.model.get_image_features = lambda *args, **kwargs: _features(features, (case["height"], case["width"]))
     placeholder = model.get_input_embeddings().weight[case["image_token_id"]]
     inputs_embeds = torch.where(is_image[..., None], placeholder, inputs_embeds)
 
@@ -90,7 +99,7 @@ def test_llava_equals_the_authors_model(attn):
     assert lengths == case["kv_lengths_after_generation"]
 
 
-def _features(model, features):
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    return BaseModelOutputWithPooling(pooler_output=[features.clone()])
+def _features(features, grid):
+    features = features.clone()
+    features.grid_views = [GridView(*grid)]
+    return BaseModelOutputWithPooling(pooler_output=[features])

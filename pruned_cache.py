@@ -1,0 +1,302 @@
+"""What a cache remembers of pruned tokens: which entries are padding, where they stood, what was kept.
+
+The state lives with the cache, never on a module, and follows it through cropping, reordering, copying and resetting.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from transformers import Cache
+
+
+@dataclass(frozen=True)
+class PrunedImage:
+    """What was kept of one grid of visual tokens.
+
+    Attributes:
+        row: row of the batch.
+        image: number of the image (or video) in the request, counted over all rows in order.
+        view: number of the grid within its image: LLaVA-1.5 has one, LLaVA-NeXT a base view and a larger one, a video one for
+            each temporal slice.
+        modality: "image" or "video".
+        grid: (height, width) of the grid in tokens, or (frames, height, width).
+        positions: [num_visual] int64, place of each of the grid's tokens in the sequence, padding included.
+        order: [num_kept] int64, indices into the grid (row-major) in order of selection.
+    """
+
+    row: int
+    image: int
+    view: int
+    modality: str
+    grid: tuple[int, ...]
+    positions: torch.LongTensor
+    order: torch.LongTensor
+
+    @property
+    def kept(self) -> torch.LongTensor:
+        """[num_kept] int64, the kept indices into the grid, ascending."""
+        return self.order.sort().values
+
+    @property
+    def num_visual(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def num_kept(self) -> int:
+        return self.order.shape[0]
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What a request kept: one `PrunedImage` per grid, ordered by row and image."""
+
+    images: tuple[PrunedImage, ...] = ()
+
+    def __iter__(self) -> Iterator[PrunedImage]:
+        return iter(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def after(self, earlier: "PruningRecord") -> "PruningRecord":
+        """This record with its images and videos counted on from an earlier one."""
+        first = {
+            modality: max((image.image + 1 for image in earlier if image.modality == modality), default=0)
+            for modality in ("image", "video")
+        }
+        return PruningRecord(tuple(replace(image, image=image.image + first[image.modality]) for image in self.images))
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens on all grids before pruning."""
+        return sum(image.num_visual for image in self.images)
+
+    @property
+    def num_kept(self) -> int:
+        """Visual tokens on all grids after pruning."""
+        return sum(image.num_kept for image in self.images)
+
+
+class PrunedCacheState:
+    """What a cache remembers of the tokens that its layers from `layer` on do not hold.
+
+    `positions` describes the first entries of those layers: [rows, entries] int64, the place of an entry in the full sequence,
+    -1 for padding. Everything after them, and after `full_length` in the full sequence, is one to one: decoded tokens and
+    later turns of text. `rows` tells which described row each row of the cache is, since beam search moves rows at every step.
+    """
+
+    def __init__(self, layer: int):
+        self.layer = layer
+        self.clear()
+
+    def clear(self) -> None:
+        self.full_length = 0
+        self.positions: torch.LongTensor | None = None
+        self.has_padding = False
+        self.rows: torch.LongTensor | None = None
+        self._record = PruningRecord()
+
+    @property
+    def num_entries(self) -> int:
+        return 0 if self.positions is None else self.positions.shape[1]
+
+    @property
+    def record(self) -> PruningRecord:
+        """What was kept, for the rows as they are now."""
+        self._settle_rows()
+        return self._record
+
+    def extend(
+        self,
+        index: torch.LongTensor,
+        valid: torch.BoolTensor | None,
+        length: int,
+        past_length: int,
+        record: PruningRecord,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        """Describe the entries up to the end of a call that prunes.
+
+        Args:
+            index: [batch, entries] int64, the column among the call's tokens that each new entry holds.
+            valid: [batch, entries] bool, False where a new entry is padding; None when none is.
+            length: number of the call's tokens.
+            past_length: full sequence length before the call.
+            record: what the call kept.
+            attention_mask: the caller's 2-D mask of the whole sequence, or None.
+        """
+        self._settle_rows()
+        batch, device = index.shape[0], index.device
+        since = torch.arange(self.full_length, past_length, device=device).expand(batch, -1)
+        if attention_mask is not None:
+            is_padding = attention_mask[:, self.full_length : past_length].to(device) == 0
+            self.has_padding |= bool(is_padding.any())
+            since = since.masked_fill(is_padding, -1)
+        new = index + past_length
+        if valid is not None:
+            self.has_padding = True
+            new = new.masked_fill(~valid, -1)
+        described = [] if self.positions is None else [self.positions.to(device)]
+        self.positions = torch.cat([*described, since, new], dim=1)
+        self.full_length = past_length + length
+        self._record = PruningRecord(self._record.images + record.after(self._record).images)
+
+    def padding_mask(self, attention_mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+        """The 2-D mask of the pruned layers' entries, or None where none is padding.
+
+        Args:
+            attention_mask: the caller's 2-D mask of the whole sequence, or None where it has no padding.
+            kv_length: number of entries that the layers will hold or have room for.
+        """
+        if attention_mask is None and not self.has_padding:
+            return None
+        self._settle_rows()
+        described = self.positions >= 0
+        if attention_mask is None:
+            later = described.new_ones(described.shape[0], kv_length - self.num_entries)
+        else:
+            later = attention_mask[:, self.full_length :].to(described.device, torch.bool)
+        return torch.cat([described, later], dim=1)
+
+    def crop(self, target: int, num_entries: int) -> int:
+        """Forget what lies at and after `target` in the full sequence.
+
+        Args:
+            target: full sequence length to go back to, below the present one.
+            num_entries: how many entries the pruned layers hold now.
+
+        Returns:
+            How many entries to remove from the pruned layers.
+
+        Raises:
+            ValueError: where the cut would go through an image, or leave rows of different length.
+        """
+        if target >= self.full_length:
+            return num_entries - self.num_entries - (target - self.full_length)
+        self._settle_rows()
+        gone = self.positions >= target
+        stays = (self.positions >= 0) & ~gone
+        num_stay = int(stays.any(0).nonzero().max()) + 1 if stays.any() else 0
+        cut = [image for image in self._record if image.positions[0] < target <= image.positions[-1]]
+        if cut or gone[:, :num_stay].any():
+            where = (
+                f"through {cut[0].modality} {cut[0].image} of row {cut[0].row}" if cut else "through rows at different places"
+            )
+            raise ValueError(
+                f"Cropping this cache to {target} tokens would cut {where}, where tokens were pruned. "
+                "Crop to a length at which every image is wholly in or wholly out."
+            )
+        removed = num_entries - num_stay
+        self.positions = self.positions[:, :num_stay]
+        self.full_length = target
+        self._record = PruningRecord(tuple(image for image in self._record if image.positions[0] < target))
+        return removed
+
+    def move_rows(self, rows: torch.LongTensor) -> None:
+        """Row r of the cache becomes what row `rows[r]` was."""
+        if self.positions is not None:
+            rows = rows.to(self.positions.device)
+            self.rows = rows if self.rows is None else self.rows[rows]
+
+    def repeat_rows(self, repeats: int) -> None:
+        if self.positions is not None:
+            rows = torch.arange(self.positions.shape[0], device=self.positions.device) if self.rows is None else self.rows
+            self.rows = rows.repeat_interleave(repeats)
+
+    def _settle_rows(self) -> None:
+        if self.rows is None:
+            return
+        self.positions = self.positions[self.rows]
+        images = [
+            replace(image, row=row)
+            for row, source in enumerate(self.rows.tolist())
+            for image in self._record
+            if image.row == source
+        ]
+        number_of = {"image": {}, "video": {}}
+        self._record = PruningRecord(
+            tuple(
+                replace(
+                    image, image=number_of[image.modality].setdefault((image.row, image.image), len(number_of[image.modality]))
+                )
+                for image in images
+            )
+        )
+        self.rows = None
+
+
+class PrunedCacheMixin:
+    """Put in front of a cache's class when its layers from `pruning_state.layer` on hold fewer tokens than those below."""
+
+    pruning_state: PrunedCacheState
+
+    @property
+    def pruning_record(self) -> PruningRecord:
+        """What was kept of each image, over all turns that this cache holds."""
+        return self.pruning_state.record
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negated number of tokens to remove from a pruned cache, got {tokens_to_remove}.")
+        full_length, layer = self.get_seq_length(), self.pruning_state.layer
+        target = max(full_length + tokens_to_remove, 0)
+        removed = full_length - target
+        removed_pruned = self.pruning_state.crop(target, self.get_seq_length(layer)) if removed else 0
+        for number, cache_layer in enumerate(self.layers):
+            cache_layer.crop(-removed if number < layer else -removed_pruned)
+
+    def reset(self) -> None:
+        super().reset()
+        self.pruning_state.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.pruning_state.move_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.pruning_state.move_rows(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.pruning_state.repeat_rows(repeats)
+
+
+@lru_cache
+def _pruned_cache_class(cache_class: type[Cache]) -> type[Cache]:
+    return type(f"Pruned{cache_class.__name__}", (PrunedCacheMixin, cache_class), {})
+
+
+def pruning_state(cache: Cache | None) -> PrunedCacheState | None:
+    """The state of a cache that was pruned, else None."""
+    state = getattr(cache, "pruning_state", None)
+    return state if state is not None and state.positions is not None else None
+
+
+def open_state(cache: Cache, layer: int) -> PrunedCacheState:
+    if not isinstance(cache, PrunedCacheMixin):
+        cache.__class__ = _pruned_cache_class(type(cache))
+        cache.pruning_state = PrunedCacheState(layer)
+    cache.pruning_state.layer = layer
+    return cache.pruning_state
+
+
+def continued_padding_mask(cache: Cache, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The 2-D mask of the pruned layers in a call of `length` tokens that adds no image.
+
+    Raises:
+        ValueError: if the caller's 2-D `attention_mask` does not cover the tokens since the last pruned call.
+    """
+    state = cache.pruning_state
+    kv_length, _ = cache.get_mask_sizes(length, state.layer)
+    if attention_mask is not None and not cache.is_compileable:
+        needed = state.full_length + kv_length - state.num_entries
+        if attention_mask.shape[1] != needed:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but the cache and the new tokens make {needed}. "
+                "Pass the mask of the whole unpruned sequence, or None."
+            )
+    return state.padding_mask(attention_mask, kv_length)

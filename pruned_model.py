@@ -1,0 +1,295 @@
+"""What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.utils import can_return_tuple
+
+from .pruned_cache import PruningRecord, continued_padding_mask, pruning_state
+from .pruned_decoder import PRUNED_MASK, GridView, PruningPlan, VisualTokens, make_plan, prune_decoder
+
+
+STOCK_MASK = "stock_attention"
+
+
+@dataclass
+class PruningRequest:
+    """What the caller of `forward` asks for, and the plan that the model made of it (None when the stock code ran).
+
+    `num_drafted` of the last tokens may be candidates of speculative decoding, which can copy placeholders from the prompt.
+    """
+
+    ratio: float | None = None
+    num_drafted: int = 0
+    plan: PruningPlan | None = None
+
+    @property
+    def record(self) -> PruningRecord | None:
+        return None if self.plan is None else self.plan.record
+
+    def without_drafted(self, input_ids: torch.Tensor | None, num_features_of: dict[int, int]) -> torch.Tensor | None:
+        """`input_ids` to look for placeholders in. A drafted token is text: features came for the prompt's placeholders alone.
+
+        Args:
+            input_ids: the call's.
+            num_features_of: placeholder id -> number of features that came for it.
+        """
+        if self.num_drafted < 1 or input_ids is None:
+            return input_ids
+        surplus = [id for id, num_features in num_features_of.items() if int((input_ids == id).sum()) != num_features]
+        if not surplus:
+            return input_ids
+        drafted = input_ids[:, -self.num_drafted :]
+        is_surplus = torch.isin(drafted, drafted.new_tensor(surplus))
+        return torch.cat([input_ids[:, : -self.num_drafted], drafted.masked_fill(is_surplus, -1)], dim=1)
+
+    def supervised_labels(self, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        """See `PruningPlan.ignore_dropped`."""
+        return labels if self.plan is None else self.plan.ignore_dropped(labels, **kwargs)
+
+
+class PrunedModelMixin:
+    """Put in front of a stock multimodal model: the part between its inputs and its decoder.
+
+    A family says what comes with a call (`encoder_inputs`), what grids it forms (`grid_views`, set on each tensor of features
+    by its `get_image_features` and `get_video_features`), and overrides the hooks below where it differs.
+    """
+
+    # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
+    encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._no_split_modules |= prune_decoder(self.language_model)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pruning_ratio: float | None = None,
+        pruning_request: PruningRequest | None = None,
+        **kwargs,
+    ):
+        """The stock class's `forward`, with `pruning_ratio` for this call. All but the first argument go by keyword."""
+        request = pruning_request or PruningRequest(pruning_ratio)
+        settings = self.config.pruning_settings(request.ratio)
+        stock_inputs = {"past_key_values": past_key_values, "return_dict": True}
+        if pruning_state(past_key_values) is None and not (settings and self._has_visuals(kwargs)):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **stock_inputs,
+                **kwargs,
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        position_ids = self.plan_position_ids(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        encoded = self._encode(kwargs)
+        visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
+        plan = request.plan = make_plan(
+            self.language_model.config, settings, past_key_values, attention_mask, position_ids, visuals
+        )
+        plan.deepstack = self.deepstack(encoded, visuals)
+        outputs = super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=stock_mask(attention_mask),
+            position_ids=position_ids,
+            pruning_plan=plan,
+            **stock_inputs,
+            **kwargs,
+        )
+        plan.unpack_outputs(outputs)
+        for visual in visuals:
+            if hasattr(outputs, f"{visual.modality}_hidden_states"):
+                outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
+        return outputs
+
+    def _has_visuals(self, inputs: dict) -> bool:
+        """Whether images or videos come with a call, as pixels or encoded."""
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        return any(
+            inputs.get(pixels) is not None or encoded.get(modality) is not None
+            for modality, (pixels, _) in self.encoder_inputs.items()
+        )
+
+    def _encode(self, inputs: dict) -> dict:
+        """The encoder's outputs by modality. Takes what it uses out of `inputs`."""
+        given = inputs.pop("mm_encoder_outputs", None) or {}
+        arguments = {
+            name: inputs.pop(name)
+            for pixels, others in self.encoder_inputs.values()
+            for name in (pixels, *others)
+            if name in inputs
+        }
+        outputs = {}
+        for modality, (pixels, others) in self.encoder_inputs.items():
+            if given.get(modality) is not None:
+                outputs[modality] = given[modality]
+            elif arguments.get(pixels) is not None:
+                encoder_inputs = {name: arguments[name] for name in (pixels, *others) if name in arguments}
+                outputs[modality] = getattr(self, f"get_{modality}_features")(**encoder_inputs, return_dict=True)
+        return outputs
+
+    def _merge(
+        self, encoded: dict, request: PruningRequest, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> tuple[list[VisualTokens], torch.Tensor]:
+        """Put the features at their placeholders."""
+        features_of = {modality: list(outputs.pooler_output) for modality, outputs in encoded.items()}
+        num_features_of = {
+            getattr(self.config, f"{modality}_token_id"): sum(map(len, features)) for modality, features in features_of.items()
+        }
+        input_ids = request.without_drafted(input_ids, num_features_of)
+        visuals, placeholder_embeds = [], inputs_embeds
+        for modality, features in features_of.items():
+            flat = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
+            masks = self.get_placeholder_mask(input_ids, inputs_embeds=placeholder_embeds, **{f"{modality}_features": flat})
+            mask = masks if isinstance(masks, torch.Tensor) else masks[("image", "video").index(modality)]
+            inputs_embeds = inputs_embeds.masked_scatter(mask, flat)
+            views = [self.grid_views_of(modality, image) for image in features]
+            visuals.append(VisualTokens(modality, mask[..., 0], features, views))
+        return visuals, inputs_embeds
+
+    def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
+        """The grids of one image or video, as its encoder noted them.
+
+        Raises:
+            ValueError: for features that were not made by `get_image_features` or `get_video_features` of this model.
+        """
+        if not hasattr(features, "grid_views"):
+            raise ValueError(
+                f"The grid of {modality} features of shape {tuple(features.shape)} is not known, because this model's "
+                f"get_{modality}_features did not make them as they are (a prompt prefilled in chunks cuts them: set "
+                "prefill_chunk_size=None). Pass pixels, or set pruning_ratio=0."
+            )
+        return features.grid_views
+
+    def plan_position_ids(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, inputs: dict):
+        """The position ids of a call that a plan is made for. May take what it needs out of `inputs`."""
+        return position_ids
+
+    def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[tuple[torch.BoolTensor, torch.Tensor]]:
+        """See `PruningPlan.deepstack`."""
+        return ()
+
+
+class PrunedForConditionalGenerationMixin:
+    """What every generating model of ours adds to its stock class, apart from `forward`."""
+
+    _auto_class = "AutoModelForImageTextToText"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
+            )
+        return (model, info) if output_loading_info else model
+
+    def get_pruning_record(self, outputs) -> PruningRecord | None:
+        """What was kept, or None if nothing was pruned.
+
+        Args:
+            outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
+        """
+        record = getattr(outputs, "pruning_record", None)
+        if record is None and (state := pruning_state(getattr(outputs, "past_key_values", None))) is not None:
+            record = state.record
+        return record
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """The masks that `generate` prepares for compiled decoding, with one more for the pruned layers."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask  # a prefill: the model makes its masks itself, once it knows what stays
+        masks = create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        state = pruning_state(past_key_values)
+        if state is None:
+            return masks
+        pruned_mask = create_causal_mask(
+            config=config.get_text_config(decoder=True),
+            inputs_embeds=inputs_embeds,
+            attention_mask=continued_padding_mask(past_key_values, attention_mask, inputs_embeds.shape[1]),
+            past_key_values=past_key_values,
+            position_ids=None,
+            layer_idx=state.layer,
+        )
+        return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
+
+
+def pruned_forward(stock_forward: Callable, output_class: type) -> Callable:
+    """The stock class's `forward`, which also takes `pruning_ratio` and returns an `output_class` with `pruning_record`.
+
+    Labels that a dropped token would have to predict do not count in the loss.
+    """
+    parameters = list(inspect.signature(stock_forward).parameters.values())
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    ratio = inspect.Parameter("pruning_ratio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
+
+    @can_return_tuple
+    def forward(self, *args, labels: torch.Tensor | None = None, pruning_ratio: float | None = None, **kwargs):
+        if args:
+            kwargs |= dict(zip(names[1:], args, strict=False))
+            labels = kwargs.pop("labels", labels)
+        logits_to_keep = kwargs.get("logits_to_keep", 0)
+        request = PruningRequest(pruning_ratio, num_drafted=logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0)
+        outputs = stock_forward(self, **kwargs, pruning_request=request, return_dict=True)
+        loss = None
+        if labels is not None:
+            loss = _supervised_loss(self, outputs.logits, labels, request, {k: v for k, v in kwargs.items() if k not in names})
+        return output_class(loss=loss, **outputs, pruning_record=request.record)
+
+    forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
+    forward.__doc__ = stock_forward.__doc__
+    return forward
+
+
+def _supervised_loss(model, logits: torch.Tensor, labels: torch.Tensor, request: PruningRequest, options: dict) -> torch.Tensor:
+    if (shift_labels := options.get("shift_labels")) is not None:
+        options["shift_labels"] = request.supervised_labels(shift_labels, is_shifted=True)
+    labels = request.supervised_labels(labels)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size, **options)
+
+
+def stock_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
+    """Of masks made by `create_masks_for_generate`, those of the stock decoder; any other mask as it is."""
+    if not isinstance(attention_mask, dict) or PRUNED_MASK not in attention_mask:
+        return attention_mask
+    masks = {name: mask for name, mask in attention_mask.items() if name != PRUNED_MASK}
+    return masks.get(STOCK_MASK, masks)
+
+
+def register_weight_renaming(**base_class_of: str) -> None:
+    """Let checkpoints of the base classes load into ours: the library renames old parameters by class, and skips custom code.
+
+    Args:
+        base_class_of: name of our class -> class name or model type that the library knows a renaming for.
+    """
+    for name, base in base_class_of.items():
+        renaming = get_checkpoint_conversion_mapping(base)
+        if renaming is not None:
+            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
