@@ -11,7 +11,14 @@ from typing import ClassVar
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
-from transformers import LlavaConfig
+from transformers import (
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 
 from .token_pruning import PruningParameters
 
@@ -196,7 +203,74 @@ class VLMPrunerLlavaConfig(PruningConfig, LlavaConfig):
     _auto_class = "AutoConfig"
 
 
-# Base model type -> config class. `export.py` reads it; a new family joins here.
-CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in (VLMPrunerLlavaConfig,)}
+@strict
+class VLMPrunerLlavaNextConfig(PruningConfig, LlavaNextConfig):
+    """LLaVA-NeXT with pruning. See `PruningConfig` for the keys that this adds to `LlavaNextConfig`."""
 
-__all__ = ["VLMPrunerLlavaConfig"]
+    model_type = "vlmpruner_llava_next"
+    base_model_type = "llava_next"
+    auto_map_targets = auto_map("LlavaNext", "modeling_vlmpruner_llava")
+    _auto_class = "AutoConfig"
+
+
+@strict
+class VLMPrunerLlavaOnevisionConfig(PruningConfig, LlavaOnevisionConfig):
+    """LLaVA-OneVision and LLaVA-Video with pruning. See `PruningConfig` for the keys that this adds to `LlavaOnevisionConfig`."""
+
+    model_type = "vlmpruner_llava_onevision"
+    base_model_type = "llava_onevision"
+    auto_map_targets = auto_map("LlavaOnevision", "modeling_vlmpruner_llava")
+    _auto_class = "AutoConfig"
+
+
+@strict
+class VLMPrunerQwen2VLConfig(PruningConfig, Qwen2VLConfig):
+    """Qwen2-VL with pruning. See `PruningConfig` for the keys that this adds to `Qwen2VLConfig`."""
+
+    model_type = "vlmpruner_qwen2_vl"
+    base_model_type = "qwen2_vl"
+    auto_map_targets = auto_map("Qwen2VL", "modeling_vlmpruner_qwen2vl")
+    _auto_class = "AutoConfig"
+
+
+@strict
+class VLMPrunerQwen2_5_VLConfig(PruningConfig, Qwen2_5_VLConfig):
+    """Qwen2.5-VL with pruning. See `PruningConfig` for the keys that this adds to `Qwen2_5_VLConfig`."""
+
+    model_type = "vlmpruner_qwen2_5_vl"
+    base_model_type = "qwen2_5_vl"
+    auto_map_targets = auto_map("Qwen2_5_VL", "modeling_vlmpruner_qwen2vl")
+    _auto_class = "AutoConfig"
+
+
+@strict
+class VLMPrunerQwen3VLConfig(PruningConfig, Qwen3VLConfig):
+    """Qwen3-VL with pruning. See `PruningConfig` for the keys that this adds to `Qwen3VLConfig`."""
+
+    model_type = "vlmpruner_qwen3_vl"
+    base_model_type = "qwen3_vl"
+    auto_map_targets = auto_map("Qwen3VL", "modeling_vlmpruner_qwen3vl")
+    _auto_class = "AutoConfig"
+
+
+# Base model type -> config class. `export.py` reads it; a new family joins here.
+CONFIG_OF_BASE_MODEL = {
+    config.base_model_type: config
+    for config in (
+        VLMPrunerLlavaConfig,
+        VLMPrunerLlavaNextConfig,
+        VLMPrunerLlavaOnevisionConfig,
+        VLMPrunerQwen2VLConfig,
+        VLMPrunerQwen2_5_VLConfig,
+        VLMPrunerQwen3VLConfig,
+    )
+}
+
+__all__ = [
+    "VLMPrunerLlavaConfig",
+    "VLMPrunerLlavaNextConfig",
+    "VLMPrunerLlavaOnevisionConfig",
+    "VLMPrunerQwen2VLConfig",
+    "VLMPrunerQwen2_5_VLConfig",
+    "VLMPrunerQwen3VLConfig",
+]

@@ -228,10 +228,63 @@ class PrunedCacheState:
         self.rows = None
 
 
+class PositionNotes:
+    """What M-RoPE position follows each token of a cache: it is no count of tokens once an image came.
+
+    The stock models keep an offset on the module, where a second request overwrites that of the first, and a crop leaves it
+    stale. Here each call with images leaves its `position_ids`, and nothing is computed until a later turn asks.
+    """
+
+    def __init__(self):
+        self._known: torch.LongTensor | None = None  # [batch, length], the position after each token
+        self._noted: tuple | None = None
+
+    def note(self, position_ids: torch.LongTensor, attention_mask: torch.Tensor | None, past_length: int) -> None:
+        """Add a call's [3 or 4, batch, length] positions; `attention_mask` is the 2-D one of the whole sequence, or None."""
+        self._fold()
+        self._noted = (position_ids, attention_mask, past_length)
+
+    def after(self, length: int, attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.LongTensor:
+        """The position that follows each of the first `length` tokens. [batch, length]"""
+        self._fold()
+        known = torch.zeros(batch, 0, dtype=torch.long) if self._known is None else self._known[:, :length]
+        known = known.to(device).repeat_interleave(batch // known.shape[0], dim=0)
+        last = known[:, -1:] if known.shape[1] else known.new_zeros(batch, 1)
+        if attention_mask is None:
+            since = known.new_ones(batch, length - known.shape[1])
+        else:
+            since = attention_mask[:, known.shape[1] : length].to(device, torch.long)
+        return torch.cat([known, last + since.cumsum(1)], dim=1)
+
+    def crop(self, length: int) -> None:
+        self._fold()
+        self._known = self._known[:, :length]
+
+    def move_rows(self, rows: torch.LongTensor) -> None:
+        self._fold()
+        self._known = self._known[rows.to(self._known.device)]
+
+    def repeat_rows(self, repeats: int) -> None:
+        self._fold()
+        self._known = self._known.repeat_interleave(repeats, dim=0)
+
+    def _fold(self) -> None:
+        if self._noted is None:
+            return
+        (position_ids, attention_mask, past_length), self._noted = self._noted, None
+        reached = position_ids[-3:].amax(0)
+        batch, length = reached.shape
+        if attention_mask is not None:
+            reached = reached.masked_fill(attention_mask[:, past_length : past_length + length].to(reached.device) == 0, -1)
+        past = self.after(past_length, attention_mask, batch, reached.device)
+        self._known = torch.cat([past, reached.cummax(dim=1).values + 1], dim=1)
+
+
 class PrunedCacheMixin:
     """Put in front of a cache's class when its layers from `pruning_state.layer` on hold fewer tokens than those below."""
 
     pruning_state: PrunedCacheState
+    position_notes: PositionNotes | None = None
 
     @property
     def pruning_record(self) -> PruningRecord:
@@ -247,22 +300,32 @@ class PrunedCacheMixin:
         removed_pruned = self.pruning_state.crop(target, self.get_seq_length(layer)) if removed else 0
         for number, cache_layer in enumerate(self.layers):
             cache_layer.crop(-removed if number < layer else -removed_pruned)
+        if self.position_notes is not None:
+            self.position_notes.crop(target)
 
     def reset(self) -> None:
         super().reset()
         self.pruning_state.clear()
+        self.position_notes = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self.pruning_state.move_rows(beam_idx)
+        self._move_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.pruning_state.move_rows(torch.as_tensor(indices))
+        self._move_rows(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.pruning_state.repeat_rows(repeats)
+        if self.position_notes is not None:
+            self.position_notes.repeat_rows(repeats)
+
+    def _move_rows(self, rows: torch.LongTensor) -> None:
+        self.pruning_state.move_rows(rows)
+        if self.position_notes is not None:
+            self.position_notes.move_rows(rows)
 
 
 @lru_cache

@@ -104,7 +104,7 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
     """
     columns = visual.mask.nonzero()[:, 1]
     lengths = [len(features) for features in visual.features]
-    rows = _rows_of_images(visual.mask.sum(1).tolist(), lengths, visual.modality)
+    rows = rows_of_images(visual.mask.sum(1).tolist(), lengths, visual.modality)
     grids, offset = [], 0
     for image, (row, length, views) in enumerate(zip(rows, lengths, visual.views, strict=True)):
         image_columns = columns[offset : offset + length]
@@ -116,7 +116,12 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
     return grids
 
 
-def _rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
+def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
+    """The row of each image, given the number of placeholders of each row and of features of each image.
+
+    Raises:
+        ValueError: if the images do not fill the rows one after another.
+    """
     rows, row, free = [], 0, tokens_of_rows[0] if tokens_of_rows else 0
     for image, num_features in enumerate(features_of_images):
         while free == 0 and row + 1 < len(tokens_of_rows):
@@ -199,8 +204,8 @@ class PruningPlan:
         grids: what to select from; empty in a call that only continues on a pruned cache.
         settings: how to select; None in such a call.
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
-        deepstack: for each of the first layers, what to add after it: the tokens [batch, length] bool and, in their row-major
-            order, their features [num_visual, hidden_size].
+        deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
+            row-major order, their features [num_visual, hidden_size].
         record: what was kept, once the pruning layer has run.
     """
 
@@ -210,7 +215,7 @@ class PruningPlan:
     grids: Sequence[VisualGrid] = ()
     settings: PruningSettings | None = None
     prepared_mask: torch.Tensor | None = None
-    deepstack: Sequence[tuple[torch.BoolTensor, torch.Tensor]] = ()
+    deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
     record: PruningRecord | None = field(default=None, init=False)
     keys: torch.Tensor | None = field(default=None, init=False)
     selections: list[Selection] | None = field(default=None, init=False)
@@ -219,8 +224,6 @@ class PruningPlan:
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
-        if 1 <= layer_idx <= len(self.deepstack):
-            hidden_states = self._add_deepstack(hidden_states, layer_idx - 1)
         if layer_idx == self.layer - 1 and self.grids:
             inputs = inputs | {"past_key_values": KeyRecorder(inputs.get("past_key_values"), self)}
         if layer_idx == self.layer:
@@ -252,15 +255,18 @@ class PruningPlan:
             labels[:, 1:][dropped[:, :-1]] = ignore_index
         return labels
 
-    def _add_deepstack(self, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
-        """Add the visual features that belong after `layer` to the tokens that are still there."""
-        mask, features = self.deepstack[layer]
-        mask = mask.to(hidden_states.device)
-        added = hidden_states.new_zeros(*mask.shape, hidden_states.shape[-1])
-        added[mask] = features.to(hidden_states.device, hidden_states.dtype)
-        if layer >= self.layer and self.packing is not None:
-            added = self.packing.pack(added)
-        return hidden_states + added
+    def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
+        layer = layer_idx - 1
+        if not 0 <= layer < len(self.deepstack):
+            return hidden_states
+        for mask, features in self.deepstack[layer]:
+            mask, features = mask.to(hidden_states.device), features.to(hidden_states.device, hidden_states.dtype)
+            added = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
+            if layer >= self.layer and self.packing is not None:
+                added = self.packing.pack(added)
+            hidden_states = hidden_states + added
+        return hidden_states
 
     def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
         cache = inputs.get("past_key_values")
@@ -395,18 +401,10 @@ def make_plan(
         visuals: the images and videos among the new tokens.
 
     Raises:
-        ValueError: for masks and positions that say more than which tokens are padding, for a cache that was pruned at another
-            layer, and what `visual_grids` raises.
+        ValueError: for packed sequences, for a cache that was pruned at another layer, and what `visual_grids` raises.
     """
     state = pruning_state(cache)
     prepared_mask = attention_mask.get(PRUNED_MASK) if isinstance(attention_mask, dict) else None
-    if prepared_mask is None and attention_mask is not None:
-        shape = getattr(attention_mask, "shape", None)
-        if not isinstance(attention_mask, torch.Tensor) or len(shape) != 2:
-            raise ValueError(
-                "Pruning needs a 2-D attention_mask [batch, length] that marks padding, as layers hold different tokens; "
-                f"got {type(attention_mask).__name__} of shape {tuple(shape) if shape else None}. Set pruning_ratio=0 to use it."
-            )
     if settings is None or not visuals:
         if state is None:
             raise ValueError("Nothing to plan: no visual tokens to prune and no pruned cache.")
@@ -424,7 +422,21 @@ def make_plan(
     return PruningPlan(config, settings.layer, attention_mask, grids, settings)
 
 
+def check_mask(attention_mask) -> None:
+    """Raise a ValueError for a mask that says more than which tokens are padding, and that is not made by `generate`."""
+    if attention_mask is None or (isinstance(attention_mask, dict) and PRUNED_MASK in attention_mask):
+        return
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        raise ValueError(
+            "Pruning needs a 2-D attention_mask [batch, length] that marks padding, because layers hold different tokens; got "
+            f"{type(attention_mask).__name__} of shape {tuple(getattr(attention_mask, 'shape', ()))}. "
+            "Set pruning_ratio=0 to use it."
+        )
+
+
 def _refuse_packed_sequences(position_ids: torch.Tensor | None) -> None:
+    if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]  # M-RoPE: text positions, then time, height and width
     if position_ids is not None and position_ids.ndim == 2 and (position_ids.diff(dim=-1) != 1).any():
         raise ValueError(
             "position_ids restart within a row, which means several sequences packed into one. Pruning does not support that: "
@@ -434,6 +446,11 @@ def _refuse_packed_sequences(position_ids: torch.Tensor | None) -> None:
 
 class PrunedLayerMixin:
     """Put in front of a decoder layer's class. Without a plan it is the stock layer."""
+
+    def __call__(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
+        if pruning_plan is not None:  # here, outside of what gradient checkpointing runs again
+            hidden_states = pruning_plan.add_deepstack(self.self_attn.layer_idx, hidden_states)
+        return super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
         if pruning_plan is not None:
@@ -447,7 +464,7 @@ def _pruned_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 # Decoders whose layers take the plan as a keyword and whose attention calls `cache.update` once with keys after RoPE.
-SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
 
 def prune_decoder(decoder: nn.Module) -> set[str]:

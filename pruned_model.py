@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import Cache
@@ -11,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.utils import can_return_tuple
 
 from .pruned_cache import PruningRecord, continued_padding_mask, pruning_state
-from .pruned_decoder import PRUNED_MASK, GridView, PruningPlan, VisualTokens, make_plan, prune_decoder
+from .pruned_decoder import PRUNED_MASK, GridView, PruningPlan, VisualTokens, check_mask, make_plan, prune_decoder
 
 
 STOCK_MASK = "stock_attention"
@@ -82,9 +83,16 @@ class PrunedModelMixin:
         """The stock class's `forward`, with `pruning_ratio` for this call. All but the first argument go by keyword."""
         request = pruning_request or PruningRequest(pruning_ratio)
         settings = self.config.pruning_settings(request.ratio)
+        has_visuals = self._has_visuals(kwargs)
+        is_stock_call = pruning_state(past_key_values) is None and not (settings and has_visuals)
+        if not is_stock_call:
+            check_mask(attention_mask)
+        position_ids = self.resolve_position_ids(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals, kwargs
+        )
         stock_inputs = {"past_key_values": past_key_values, "return_dict": True}
-        if pruning_state(past_key_values) is None and not (settings and self._has_visuals(kwargs)):
-            return super().forward(
+        if is_stock_call:
+            outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -92,11 +100,13 @@ class PrunedModelMixin:
                 **stock_inputs,
                 **kwargs,
             )
+            if has_visuals:
+                self.note_positions(outputs.past_key_values, position_ids, attention_mask)
+            return outputs
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        position_ids = self.plan_position_ids(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
         encoded = self._encode(kwargs)
         visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
@@ -112,6 +122,8 @@ class PrunedModelMixin:
             **kwargs,
         )
         plan.unpack_outputs(outputs)
+        if has_visuals:
+            self.note_positions(outputs.past_key_values, position_ids, attention_mask)
         for visual in visuals:
             if hasattr(outputs, f"{visual.modality}_hidden_states"):
                 outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
@@ -139,8 +151,8 @@ class PrunedModelMixin:
             if given.get(modality) is not None:
                 outputs[modality] = given[modality]
             elif arguments.get(pixels) is not None:
-                encoder_inputs = {name: arguments[name] for name in (pixels, *others) if name in arguments}
-                outputs[modality] = getattr(self, f"get_{modality}_features")(**encoder_inputs, return_dict=True)
+                others = {name: arguments[name] for name in others if name in arguments}
+                outputs[modality] = getattr(self, f"get_{modality}_features")(arguments[pixels], **others, return_dict=True)
         return outputs
 
     def _merge(
@@ -176,11 +188,16 @@ class PrunedModelMixin:
             )
         return features.grid_views
 
-    def plan_position_ids(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, inputs: dict):
-        """The position ids of a call that a plan is made for. May take what it needs out of `inputs`."""
+    def resolve_position_ids(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals: bool, inputs: dict
+    ) -> torch.LongTensor | None:
+        """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
 
-    def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[tuple[torch.BoolTensor, torch.Tensor]]:
+    def note_positions(self, past_key_values: Cache | None, position_ids, attention_mask) -> None:
+        """Called after images or videos, for a family whose later positions depend on them."""
+
+    def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""
         return ()
 
@@ -241,8 +258,15 @@ class PrunedForConditionalGenerationMixin:
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
 
 
-def pruned_forward(stock_forward: Callable, output_class: type) -> Callable:
-    """The stock class's `forward`, which also takes `pruning_ratio` and returns an `output_class` with `pruning_record`.
+@lru_cache
+def _with_record(output_class: type) -> type:
+    """The stock output class with one field more: `pruning_record` (`PruningRecord`, *optional*)."""
+    fields = {"__annotations__": {"pruning_record": PruningRecord | None}, "pruning_record": None, "__module__": __name__}
+    return dataclass(type(f"Pruned{output_class.__name__}", (output_class,), fields))
+
+
+def pruned_forward(stock_forward: Callable, output_class: type | None = None) -> Callable:
+    """The stock class's `forward`, which also takes `pruning_ratio` and whose outputs have a `pruning_record`.
 
     Labels that a dropped token would have to predict do not count in the loss.
     """
@@ -261,7 +285,7 @@ def pruned_forward(stock_forward: Callable, output_class: type) -> Callable:
         loss = None
         if labels is not None:
             loss = _supervised_loss(self, outputs.logits, labels, request, {k: v for k, v in kwargs.items() if k not in names})
-        return output_class(loss=loss, **outputs, pruning_record=request.record)
+        return _with_record(type(outputs))(loss=loss, **outputs, pruning_record=request.record)
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__

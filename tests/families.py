@@ -50,6 +50,36 @@ FAMILIES = {
             pruned="modeling_vlmpruner_llava.VLMPrunerLlavaForConditionalGeneration",
             processor="processing.VLMPrunerLlavaProcessor",
         ),
+        Family(
+            name="llava_next",
+            stock="LlavaNextForConditionalGeneration",
+            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaNextForConditionalGeneration",
+            processor="processing.VLMPrunerLlavaNextProcessor",
+        ),
+        Family(
+            name="llava_onevision",
+            stock="LlavaOnevisionForConditionalGeneration",
+            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaOnevisionForConditionalGeneration",
+            processor="processing.VLMPrunerLlavaOnevisionProcessor",
+        ),
+        Family(
+            name="qwen2_vl",
+            stock="Qwen2VLForConditionalGeneration",
+            pruned="modeling_vlmpruner_qwen2vl.VLMPrunerQwen2VLForConditionalGeneration",
+            processor="processing.VLMPrunerQwen2VLProcessor",
+        ),
+        Family(
+            name="qwen2_5_vl",
+            stock="Qwen2_5_VLForConditionalGeneration",
+            pruned="modeling_vlmpruner_qwen2vl.VLMPrunerQwen2_5_VLForConditionalGeneration",
+            processor="processing.VLMPrunerQwen2_5_VLProcessor",
+        ),
+        Family(
+            name="qwen3_vl",
+            stock="Qwen3VLForConditionalGeneration",
+            pruned="modeling_vlmpruner_qwen3vl.VLMPrunerQwen3VLForConditionalGeneration",
+            processor="processing.VLMPrunerQwen3VLProcessor",
+        ),
     )
 }
 
@@ -112,6 +142,4 @@ def make_inputs(family: Family, rows: list[tuple[list, str]], padding_side: str 
     processor = load_processor(family)
     texts = [prompt(processor, len(images), text) for images, text in rows]
     images = [image for row, _ in rows for image in row]
-    return processor(
-        images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=padding_side
-    )
+    return processor(images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=padding_side)

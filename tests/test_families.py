@@ -332,10 +332,16 @@ def join_turns(first, second):
 
 
 def later_turn(first, second):
-    """The second turn's inputs with the mask of both, and positions that count no padding, as `generate` makes them."""
+    """The second turn's inputs with the mask of both."""
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, first["input_ids"].shape[1] :]
-    return {**second, "attention_mask": mask, "position_ids": positions}
+    return {**second, "attention_mask": mask, **positions(second, mask)}
+
+
+def positions(inputs, mask):
+    """Positions that count no padding, as `generate` makes them; a model with M-RoPE makes its own."""
+    if "mm_token_type_ids" in inputs:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]}
 
 
 def test_later_turns_of_a_padded_batch_equal_single_rows(family):
@@ -344,14 +350,13 @@ def test_later_turns_of_a_padded_batch_equal_single_rows(family):
     seconds = [([picture(4)], "And in this one, what do you see?"), ([], "Why?")]
     with torch.no_grad():
         first, second = make_inputs(family, firsts), make_inputs(family, seconds)
-        cache = model(**first, position_ids=(first["attention_mask"].cumsum(1) - 1).clamp(min=0)).past_key_values
+        cache = model(**first, **positions(first, first["attention_mask"])).past_key_values
         turn = later_turn(first, second)
         batch = model(**turn, past_key_values=cache)
         step = torch.full((2, 1), 9)
         mask = torch.cat([turn["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-        batch_step = model(
-            input_ids=step, attention_mask=mask, past_key_values=cache, position_ids=mask.sum(1, keepdim=True) - 1
-        )
+        places = {} if "mm_token_type_ids" in first else {"position_ids": mask.sum(1, keepdim=True) - 1}
+        batch_step = model(input_ids=step, attention_mask=mask, past_key_values=cache, **places)
         for row in range(2):
             one_first, one_second = make_inputs(family, [firsts[row]]), make_inputs(family, [seconds[row]])
             one_cache = model(**one_first, use_cache=True).past_key_values

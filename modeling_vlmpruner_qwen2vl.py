@@ -1,0 +1,208 @@
+"""Qwen2-VL and Qwen2.5-VL with pruning: the difference to transformers' classes.
+
+What is Qwen's own: an image or a video is a (time, height, width) grid of patches that the vision tower merges by
+`spatial_merge_size`, so the grid of the tokens is the merged one, one for each temporal slice; and positions have three axes
+(M-RoPE), which text continues from where the images end. The stock model keeps that offset on the module; here it stays with
+the cache, so that two requests do not meet. Everything else is in `pruned_decoder.py` and `pruned_model.py`.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import (
+    Cache,
+    GenerationMixin,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
+from .pruned_cache import PositionNotes
+from .pruned_decoder import GridView, video_views
+from .pruned_model import (
+    PrunedForConditionalGenerationMixin,
+    PrunedModelMixin,
+    pruned_forward,
+    register_weight_renaming,
+)
+
+
+register_weight_renaming(
+    VLMPrunerQwen2VLForConditionalGeneration="Qwen2VLForConditionalGeneration",
+    VLMPrunerQwen2VLModel="Qwen2VLModel",
+    VLMPrunerQwen2_5_VLForConditionalGeneration="Qwen2_5_VLForConditionalGeneration",
+    VLMPrunerQwen2_5_VLModel="Qwen2_5_VLModel",
+)
+
+
+class PrunedQwenModelMixin(PrunedModelMixin):
+    """Put in front of a stock Qwen-VL model."""
+
+    encoder_inputs = {
+        "image": ("pixel_values", ("image_grid_thw",)),
+        "video": ("pixel_values_videos", ("video_grid_thw",)),
+    }
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs):
+        """As in the stock class. Each tensor of `pooler_output` gets an attribute `grid_views` that says what grids it forms:
+        the features travel through `generate` without `image_grid_thw`."""
+        views = self._grid_views("image_grid_thw", image_grid_thw, pixel_values)
+        outputs = super().get_image_features(pixel_values, image_grid_thw, **(kwargs | {"return_dict": True}))
+        return _with_views(outputs, views)
+
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor | None = None, **kwargs):
+        """As in the stock class, with `grid_views` as in `get_image_features`."""
+        views = self._grid_views("video_grid_thw", video_grid_thw, pixel_values_videos)
+        outputs = super().get_video_features(pixel_values_videos, video_grid_thw, **(kwargs | {"return_dict": True}))
+        return _with_views(outputs, views)
+
+    def _grid_views(self, name: str, grid_thw: torch.LongTensor | None, pixels: torch.Tensor) -> list[list[GridView]]:
+        if grid_thw is None:
+            raise ValueError(f"{name} is missing: the pixels of an image or video do not tell what grid they form.")
+        grids = grid_thw.tolist()
+        num_patches = sum(map(math.prod, grids))
+        if num_patches != len(pixels):
+            raise ValueError(f"{name} {grids} makes {num_patches} patches, but pixels of {len(pixels)} came.")
+        merge, scope = self.config.vision_config.spatial_merge_size, self.config.pruning_video_scope
+        return [video_views(frames, height // merge, width // merge, scope) for frames, height, width in grids]
+
+    def resolve_position_ids(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals, inputs
+    ):
+        """M-RoPE positions [3, batch, length] of a call's tokens, after those of its cache."""
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is not None or (past_length == 0 and not has_visuals):
+            return position_ids
+        if has_visuals and inputs.get("mm_token_type_ids") is None:
+            raise ValueError(
+                "mm_token_type_ids is missing. With images or videos it tells M-RoPE which tokens lie on a grid; the processor "
+                "returns it along with input_ids."
+            )
+        tokens = input_ids if input_ids is not None else torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)
+        types = inputs.get("mm_token_type_ids") if has_visuals else None
+        return self.mrope_position_ids(tokens, types, attention_mask, past_key_values, inputs)
+
+    def mrope_position_ids(
+        self, tokens: torch.Tensor, types: torch.Tensor | None, attention_mask, cache: Cache | None, inputs: dict
+    ) -> torch.LongTensor:
+        """Positions [3, batch, length] of new tokens, after those of the cache.
+
+        Args:
+            tokens: [batch, length], the new tokens; only their shape counts.
+            types: [batch, length], their `mm_token_type_ids`, or None where all are text.
+            attention_mask: [batch, past + length], or None.
+            cache: with the tokens before, if any.
+            inputs: with the `image_grid_thw` and `video_grid_thw` of the new tokens.
+        """
+        batch, length = tokens.shape
+        new_mask = attention_mask[:, -length:] if attention_mask is not None else None
+        if types is not None:
+            names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+            grids = {name: inputs[name] for name in names if inputs.get(name) is not None}
+            positions, _ = self.get_rope_index(tokens, mm_token_type_ids=types, attention_mask=new_mask, **grids)
+        elif new_mask is not None:
+            positions = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+        else:
+            positions = torch.arange(length, device=tokens.device).expand(3, batch, -1)
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length == 0:
+            return positions
+        return positions + _position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
+
+    def note_positions(self, past_key_values, position_ids, attention_mask) -> None:
+        """Leave the positions of a call with images with its cache."""
+        if past_key_values is None or position_ids is None or position_ids.ndim != 3:
+            return
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            attention_mask = None
+        past_length = past_key_values.get_seq_length() - position_ids.shape[-1]
+        _position_notes(past_key_values).note(position_ids, attention_mask, int(past_length))
+
+
+def _with_views(outputs, views: list[list[GridView]]):
+    for features, image_views in zip(outputs.pooler_output, views, strict=True):
+        features.grid_views = image_views
+    return outputs
+
+
+def _position_notes(cache: Cache) -> PositionNotes:
+    if getattr(cache, "position_notes", None) is None:
+        cache.position_notes = PositionNotes()
+    return cache.position_notes
+
+
+class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixin):
+    """Put in front of a stock generating Qwen-VL model."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """The stock method reads the offset of M-RoPE from the module; a later turn of another request needs its own."""
+        cache = model_kwargs.get("past_key_values")
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length == 0:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+        tokens = model_kwargs.get("input_ids", inputs_tensor)
+        tokens = tokens if tokens.shape[1] > 0 else inputs_tensor
+        tokens = tokens if tokens.ndim == 2 else torch.zeros_like(tokens[..., 0], dtype=torch.long)
+        attention_mask = model_kwargs.get("attention_mask")
+        total = attention_mask.shape[1] if attention_mask is not None else text.shape[1]
+        new = tokens[:, past_length - total :]
+        has_visuals = self.model._has_visuals(model_kwargs)
+        types = model_kwargs["mm_token_type_ids"][:, past_length - total :] if has_visuals else None
+        positions = self.model.mrope_position_ids(new, types, attention_mask, cache, model_kwargs)
+        past = text[:, :past_length].expand(4, new.shape[0], -1)
+        return torch.cat([past, torch.cat([text[None, :, past_length:].expand(1, new.shape[0], -1), positions])], dim=-1)
+
+
+class VLMPrunerQwen2VLModel(PrunedQwenModelMixin, Qwen2VLModel):
+    """`Qwen2VLModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerQwen2VLConfig
+
+
+class VLMPrunerQwen2VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen2VLForConditionalGeneration):
+    """`Qwen2VLForConditionalGeneration` that removes visual tokens inside the decoder."""
+
+    config: VLMPrunerQwen2VLConfig
+
+    def __init__(self, config: VLMPrunerQwen2VLConfig):
+        super(Qwen2VLForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerQwen2VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(Qwen2VLForConditionalGeneration.forward)
+
+
+class VLMPrunerQwen2_5_VLModel(PrunedQwenModelMixin, Qwen2_5_VLModel):
+    """`Qwen2_5_VLModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerQwen2_5_VLConfig
+
+
+class VLMPrunerQwen2_5_VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen2_5_VLForConditionalGeneration):
+    """`Qwen2_5_VLForConditionalGeneration` that removes visual tokens inside the decoder."""
+
+    config: VLMPrunerQwen2_5_VLConfig
+
+    def __init__(self, config: VLMPrunerQwen2_5_VLConfig):
+        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerQwen2_5_VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(Qwen2_5_VLForConditionalGeneration.forward)
+
+
+__all__ = [
+    "VLMPrunerQwen2VLForConditionalGeneration",
+    "VLMPrunerQwen2VLModel",
+    "VLMPrunerQwen2_5_VLForConditionalGeneration",
+    "VLMPrunerQwen2_5_VLModel",
+]

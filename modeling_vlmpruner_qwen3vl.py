@@ -1,0 +1,46 @@
+"""Qwen3-VL with pruning: the difference to transformers' classes.
+
+What is Qwen3-VL's own, beside what `modeling_vlmpruner_qwen2vl.py` says: timestamps stand between the temporal slices of a
+video, so its tokens are separate runs; and the first decoder layers are followed by visual features (DeepStack), which must
+reach exactly the tokens that are still there.
+"""
+
+import torch
+from torch import nn
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
+
+from .configuration_vlmpruner import VLMPrunerQwen3VLConfig
+from .modeling_vlmpruner_qwen2vl import PrunedQwenForConditionalGenerationMixin, PrunedQwenModelMixin
+from .pruned_model import pruned_forward
+
+
+class VLMPrunerQwen3VLModel(PrunedQwenModelMixin, Qwen3VLModel):
+    """`Qwen3VLModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerQwen3VLConfig
+
+    def deepstack(self, encoded, visuals):
+        """For each of the first decoder layers, the features to add after it, of each modality."""
+        after_layer = []
+        for layers in zip(*(encoded[visual.modality].deepstack_features for visual in visuals), strict=True):
+            # One tensor for all images in transformers 5.17, one for each later on.
+            flat = [features if isinstance(features, torch.Tensor) else torch.cat(list(features)) for features in layers]
+            after_layer.append([(visual.mask, features) for visual, features in zip(visuals, flat, strict=True)])
+        return after_layer
+
+
+class VLMPrunerQwen3VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen3VLForConditionalGeneration):
+    """`Qwen3VLForConditionalGeneration` that removes visual tokens inside the decoder."""
+
+    config: VLMPrunerQwen3VLConfig
+
+    def __init__(self, config: VLMPrunerQwen3VLConfig):
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerQwen3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(Qwen3VLForConditionalGeneration.forward)
+
+
+__all__ = ["VLMPrunerQwen3VLForConditionalGeneration", "VLMPrunerQwen3VLModel"]
