@@ -101,7 +101,9 @@ class PrunedQwenModelMixin(PrunedModelMixin):
             inputs: with the `image_grid_thw` and `video_grid_thw` of the new tokens.
         """
         batch, length = tokens.shape
-        new_mask = attention_mask[:, -length:] if attention_mask is not None else None
+        new_mask = attention_mask
+        if attention_mask is not None and attention_mask.shape[1] != length:
+            new_mask = attention_mask[:, -length:]
         if types is not None:
             names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             grids = {name: inputs[name] for name in names if inputs.get(name) is not None}

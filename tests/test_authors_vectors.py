@@ -9,8 +9,9 @@ from safetensors import safe_open
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
+from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerQwen2VLConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
+from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
 from vlmpruner.pruned_decoder import GridView
 
 
@@ -40,19 +41,55 @@ def decode_steps(case, tensors, prefill, step):
     return torch.stack(rows), outputs
 
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def pruning_keys(case):
+    return {
+        "pruning_ratio": case["ratio"],
+        "pruning_layer": case["layer"],
+        "pruning_num_pivots": case["pivots"],
+        "pruning_threshold": case["threshold"],
+        "pruning_token_batch": case["token_batch"],
+    }
+
+
+def check(model, case, tensors, **inputs):
+    """The kept set, nine rows of logits, the unpruned logits and the cache lengths, against the recorded ones."""
+    load_decoder(model, tensors)
+    # The vector records image features, so they take the place of what the vision tower would give.
+    features = tensors["image_features"].float()
+    model.model.get_image_features = lambda *args, **kwargs: _features(features, (case["height"], case["width"]))
+    inputs = {"input_ids": tensors["input_ids"]} | inputs
+    with torch.no_grad():
+        logits, outputs = decode_steps(
+            case,
+            tensors,
+            lambda: model(**inputs, use_cache=True),
+            lambda token, cache: model(input_ids=token, past_key_values=cache),
+        )
+    (image,) = outputs.past_key_values.pruning_record
+    assert image.kept.tolist() == tensors["kept"].tolist()
+    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-3)
+    lengths = [outputs.past_key_values.get_seq_length(layer) for layer in range(case["num_hidden_layers"])]
+    assert lengths == case["kv_lengths_after_generation"]
+    with torch.no_grad():
+        unpruned = model(**inputs, pruning_ratio=0.0, logits_to_keep=1).logits
+    torch.testing.assert_close(unpruned[0, -1], tensors["logits_unpruned"], rtol=0, atol=1e-3)
+    return image
+
+
+def _features(features, grid):
+    features = features.clone()
+    features.grid_views = [GridView(*grid)]
+    return BaseModelOutputWithPooling(pooler_output=[features])
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_llava_equals_the_authors_model(attn):
     case, tensors = load_case("e2e_llava")
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
     text_config = LlamaConfig(
-        **{name: case[name] for name in names},
+        **{name: case[name] for name in SIZES},
         rms_norm_eps=case["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": case["rope_theta"]},
     )
@@ -63,43 +100,37 @@ def test_llava_equals_the_authors_model(attn):
         text_config=text_config,
         vision_config=vision_config,
         image_token_index=case["image_token_id"],
-        pruning_ratio=case["ratio"],
-        pruning_layer=case["layer"],
-        pruning_num_pivots=case["pivots"],
-        pruning_threshold=case["threshold"],
-        pruning_token_batch=case["token_batch"],
+        **pruning_keys(case),
     )
     config._attn_implementation = attn
     model = VLMPrunerLlavaForConditionalGeneration(config).eval()
-    load_decoder(model, tensors)
-
-    # The vector records image features, so they take the place of what the vision tower would give.
-    is_image = tensors["input_ids"] == case["image_token_id"]
-    inputs_embeds = model.get_input_embeddings()(tensors["input_ids"])
-    features = tensors["image_features"].float()
-    model.model.get_image_features = lambda *args, **kwargs: _features(features, (case["height"], case["width"]))
-    placeholder = model.get_input_embeddings().weight[case["image_token_id"]]
-    inputs_embeds = torch.where(is_image[..., None], placeholder, inputs_embeds)
-
-    with torch.no_grad():
-        logits, outputs = decode_steps(
-            case,
-            tensors,
-            lambda: model(inputs_embeds=inputs_embeds, pixel_values=torch.zeros(1, 3, 336, 336), use_cache=True),
-            lambda token, cache: model(input_ids=token, past_key_values=cache),
-        )
-        unpruned = model(
-            inputs_embeds=inputs_embeds, pixel_values=torch.zeros(1, 3, 336, 336), pruning_ratio=0.0, logits_to_keep=1
-        )
-    (image,) = outputs.past_key_values.pruning_record
-    assert image.kept.tolist() == tensors["kept"].tolist()
-    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-3)
-    torch.testing.assert_close(unpruned.logits[0, -1], tensors["logits_unpruned"], rtol=0, atol=1e-3)
-    lengths = [outputs.past_key_values.get_seq_length(layer) for layer in range(case["num_hidden_layers"])]
-    assert lengths == case["kv_lengths_after_generation"]
+    check(model, case, tensors, pixel_values=torch.zeros(1, 3, 336, 336))
 
 
-def _features(features, grid):
-    features = features.clone()
-    features.grid_views = [GridView(*grid)]
-    return BaseModelOutputWithPooling(pooler_output=[features])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_qwen2_vl_equals_the_authors_model(attn):
+    case, tensors = load_case("e2e_qwen2_vl")
+    text_config = {name: case[name] for name in SIZES} | {
+        "rms_norm_eps": case["rms_norm_eps"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": case["rope_theta"],
+            "mrope_section": case["mrope_section"],
+        },
+    }
+    vision_config = {"depth": 1, "embed_dim": 32, "hidden_size": case["hidden_size"], "mlp_ratio": 1, "num_heads": 2}
+    config = VLMPrunerQwen2VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        **{name: case[name] for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")},
+        **pruning_keys(case),
+    )
+    config._attn_implementation = attn
+    model = VLMPrunerQwen2VLForConditionalGeneration(config).eval()
+    grid = torch.tensor([case["image_grid_thw"]])
+    types = (tensors["input_ids"] == case["image_token_id"]).int()
+    positions = model.model.mrope_position_ids(tensors["input_ids"], types, None, None, {"image_grid_thw": grid})
+    assert torch.equal(positions, tensors["position_ids"])
+    pixels = torch.zeros(int(grid.prod()), 3)
+    image = check(model, case, tensors, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
+    assert image.num_kept == case["budget"] == case["kept"]
