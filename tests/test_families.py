@@ -9,6 +9,8 @@ from families import FAMILIES, load_processor, load_pruned, load_stock, make_inp
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
+from vlmpruner.token_pruning import prune_tokens
+
 
 RATIO = 0.889
 EXACT = {"rtol": 0, "atol": 0}
@@ -187,6 +189,65 @@ def test_forward_of_a_padded_batch_equals_single_rows(family, rows, padding_side
             single = model(**make_inputs(family, [row])).logits[0]
             is_token = inputs["attention_mask"][number].bool()
             torch.testing.assert_close(batch.logits[number][is_token], single, **CLOSE)
+
+
+# The whole path once more, by hand
+
+
+def decoder_inputs(family, inputs):
+    """What the stock model hands to its decoder."""
+    captured = {}
+    stock = load_stock(family)
+
+    def keep(module, args, kwargs):
+        captured.update(kwargs)
+
+    hook = stock.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        stock(**inputs)
+    hook.remove()
+    return captured
+
+
+def forward_by_hand(family, inputs, record):
+    """The pruned forward of one row, layer by layer on the stock model's layers: the logits and the kept columns."""
+    stock, given = load_stock(family), decoder_inputs(family, inputs)
+    decoder, hidden = stock.model.language_model, given["inputs_embeds"]
+    length = hidden.shape[1]
+    positions = given["position_ids"] if given["position_ids"] is not None else torch.arange(length)[None]
+    cos, sin = decoder.rotary_emb(hidden, positions[-3:] if positions.ndim == 3 else positions)
+    columns, cache = torch.arange(length), DynamicCache(config=decoder.config)
+    for number, layer in enumerate(decoder.layers):
+        if number == 2:
+            kept = torch.ones(length, dtype=torch.bool)
+            merged_at = []
+            for image in record:
+                keys = cache.layers[1].keys[0][:, image.positions]
+                chosen, merged = prune_tokens(hidden[0, image.positions], keys, image.grid, image.num_kept)
+                assert chosen.tolist() == image.kept.tolist()
+                kept[image.positions] = False
+                kept[image.positions[chosen]] = True
+                merged_at.append((image.positions[chosen], merged))
+            for places, merged in merged_at:
+                hidden[0, places] = merged
+            columns = kept.nonzero()[:, 0]
+            hidden, cos, sin = hidden[:, columns], cos[:, columns], sin[:, columns]
+        mask = torch.full((len(columns), len(columns)), float("-inf")).triu(1)[None, None]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
+        deepstack = given.get("deepstack_visual_embeds") or []
+        if number < len(deepstack):
+            added = torch.zeros(length, hidden.shape[-1])
+            added[given["visual_pos_masks"][0]] = deepstack[number]
+            hidden = hidden + added[columns]
+    return stock.lm_head(decoder.norm(hidden))[0], columns
+
+
+def test_pruned_forward_equals_one_by_hand(family):
+    inputs = make_inputs(family, [([picture(1), picture(2, 200, 300)], "What is in these pictures?")])
+    with torch.no_grad():
+        outputs = load_pruned(family)(**inputs)
+        logits, columns = forward_by_hand(family, inputs, outputs.pruning_record)
+    torch.testing.assert_close(outputs.logits[0, columns], logits, **CLOSE)
 
 
 # Cache
