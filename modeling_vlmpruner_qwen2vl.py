@@ -84,6 +84,9 @@ class PrunedQwenModelMixin(PrunedModelMixin):
                 "mm_token_type_ids is missing. With images or videos it tells M-RoPE which tokens lie on a grid; the processor "
                 "returns it along with input_ids."
             )
+        for pixels, (grid_thw,) in self.encoder_inputs.values():
+            if inputs.get(pixels) is not None:
+                self._grid_views(grid_thw, inputs.get(grid_thw), inputs[pixels])
         tokens = input_ids if input_ids is not None else torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)
         types = inputs.get("mm_token_type_ids") if has_visuals else None
         return self.mrope_position_ids(tokens, types, attention_mask, past_key_values, inputs)

@@ -1,0 +1,179 @@
+"""What is Qwen's own: grids in time, M-RoPE positions that stay with the cache, images and videos in one prompt."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
+from transformers import DynamicCache
+
+from vlmpruner.token_pruning import select_tokens
+
+
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    return FAMILIES[request.param]
+
+
+def clip(num_frames: int, height: int = 112, width: int = 140) -> np.ndarray:
+    """A video array: a picture whose noise changes from frame to frame."""
+    first, second = (np.array(picture(seed, width, height), dtype=np.float32) for seed in (11, 12))
+    weights = np.linspace(0, 1, num_frames)[:, None, None, None]
+    return (first * (1 - weights) + second * weights).astype(np.uint8)
+
+
+def video_inputs(family, content, **media):
+    processor = load_processor(family)
+    content = [{"type": kind} for kind in content] + [{"type": "text", "text": "What happens?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(text=[text], return_tensors="pt", do_sample_frames=False, **media)
+
+
+def states_before(model, inputs, layer=2):
+    """The input of a decoder layer and the keys of the layer before it, in an unpruned forward."""
+    captured = {}
+    module = model.model.language_model.layers[layer]
+    hook = module.register_forward_pre_hook(lambda module, args: captured.update(hidden=args[0]))
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    hook.remove()
+    return captured["hidden"][0], cache.layers[layer - 1].keys[0]
+
+
+def test_each_slice_of_a_video_is_pruned_as_an_image(family):
+    inputs = video_inputs(family, ["video"], videos=[clip(8)])
+    frames, height, width = (inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    with torch.no_grad():
+        record = load_pruned(family)(**inputs).pruning_record
+    hidden, keys = states_before(load_stock(family), inputs)
+    assert [(image.modality, image.image, image.view, image.grid) for image in record] == [
+        ("video", 0, frame, (height, width)) for frame in range(frames)
+    ]
+    is_video = inputs["input_ids"][0] == load_pruned(family).config.video_token_id
+    assert torch.equal(torch.cat([image.positions for image in record]), is_video.nonzero()[:, 0])
+    for image in record:
+        alone = select_tokens(hidden[image.positions], keys[:, image.positions], image.grid, image.num_kept)
+        assert torch.equal(alone.order, image.order)
+    assert record.num_kept == frames * round(height * width * (1 - 0.889))
+
+
+def test_a_video_can_share_one_budget(family):
+    inputs = video_inputs(family, ["video"], videos=[clip(8)])
+    model = copy.deepcopy(load_pruned(family))
+    model.config.pruning_video_scope = "video"
+    with torch.no_grad():
+        (video,) = model(**inputs).pruning_record
+    frames, height, width = (inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    assert video.grid == (frames, height, width)
+    assert video.num_kept == round(frames * height * width * (1 - 0.889))
+    hidden, keys = states_before(load_stock(family), inputs)
+    alone = select_tokens(hidden[video.positions], keys[:, video.positions], video.grid, video.num_kept)
+    assert torch.equal(alone.order, video.order)
+    model.config.pruning_video_scope = "frames"
+    with pytest.raises(ValueError, match=r"pruning_video_scope must be one of .*'frames'"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("content", [["image", "video"], ["video", "image"]], ids="-".join)
+def test_images_and_videos_in_one_prompt(family, content):
+    inputs = video_inputs(family, content, images=[picture(1)], videos=[clip(4)])
+    model = load_pruned(family)
+    cached = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    uncached = model.generate(
+        **inputs, max_new_tokens=4, do_sample=False, use_cache=False, return_dict_in_generate=True, output_logits=True
+    )
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **CLOSE)
+    record = cached.past_key_values.pruning_record
+    assert {image.modality for image in record} == {"image", "video"}
+    grids = [inputs["image_grid_thw"], inputs["video_grid_thw"]]
+    assert record.num_visual == sum(int(grid.prod()) // 4 for grid in grids)
+    hidden, keys = states_before(load_stock(family), inputs)
+    for image in record:
+        alone = select_tokens(hidden[image.positions], keys[:, image.positions], image.grid, image.num_kept)
+        assert torch.equal(alone.order, image.order)
+
+
+def test_generate_on_a_later_turn_places_a_new_image_by_mrope(family):
+    """The second turn through generate, with only its own tokens and image, equals both turns in one forward."""
+    model = load_pruned(family)
+    first = make_inputs(family, [([picture(1)], "What is it?")])
+    second = make_inputs(family, [([picture(2, 200, 300)], "And now?")])
+    joined = {
+        name: torch.cat(
+            [first[name], second[name]],
+            dim=1 if first[name].ndim == 2 and len(first[name]) == 1 and name not in ("pixel_values", "image_grid_thw") else 0,
+        )
+        for name in first
+    }
+    with torch.no_grad():
+        whole = model(**joined)
+        cache = model(**first, use_cache=True).past_key_values
+    mask = torch.ones_like(joined["input_ids"])
+    outputs = model.generate(
+        **{**second, "attention_mask": mask},
+        past_key_values=cache,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    torch.testing.assert_close(outputs.logits[0], whole.logits[:, -1], **CLOSE)
+
+
+def test_positions_of_a_request_do_not_depend_on_another(family):
+    """The stock model keeps the offset of M-RoPE on the module; a larger picture in between must not move later tokens."""
+    model = load_pruned(family)
+    small, large = (make_inputs(family, [([picture(1, *size)], "What?")]) for size in ((120, 90), (420, 380)))
+    tokens = torch.tensor([[9, 10, 11]])
+    with torch.no_grad():
+        for ratio in (0.889, 0.0):
+            alone = model(**small, use_cache=True, pruning_ratio=ratio).past_key_values
+            expected = model(input_ids=tokens, past_key_values=alone).logits
+            cache = model(**small, use_cache=True, pruning_ratio=ratio).past_key_values
+            model(**large, pruning_ratio=ratio)
+            torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, expected, rtol=0, atol=0)
+
+
+def test_cropping_an_image_away_restores_the_positions(family):
+    model = load_pruned(family)
+    first, second = (
+        make_inputs(family, [([picture(seed, *size)], "What?")]) for seed, size in ((1, (120, 90)), (2, (420, 380)))
+    )
+    tokens = torch.tensor([[9, 10, 11]])
+    with torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        expected = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
+        length = cache.get_seq_length()
+        mask = torch.ones(1, length + second["input_ids"].shape[1], dtype=torch.long)
+        model(**{**second, "attention_mask": mask}, past_key_values=cache)
+        cache.crop(length - cache.get_seq_length())
+        torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, expected, **CLOSE)
+
+
+def test_a_tiny_picture_and_one_repeated(family):
+    model = load_pruned(family)
+    tiny = make_inputs(family, [([picture(1, 66, 66)], "What?")])
+    tiny_grid = (tiny["image_grid_thw"][0, 1:] // 2).prod()
+    with torch.no_grad():
+        (image,) = model(**tiny).pruning_record
+        assert image.num_visual == tiny_grid and image.num_kept == max(1, round(int(tiny_grid) * (1 - 0.889)))
+        twice = model(**make_inputs(family, [([picture(2), picture(2)], "Same?")])).pruning_record
+    assert len(twice) == 2 and twice.images[0].grid == twice.images[1].grid
+
+
+def test_wrong_grids_are_named(family):
+    model = load_pruned(family)
+    inputs = make_inputs(family, [([picture(1)], "What?")])
+    without_types = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    with pytest.raises(ValueError, match="mm_token_type_ids is missing"):
+        model(**without_types)
+    with pytest.raises(ValueError, match="image_grid_thw is missing"):
+        model.model.get_image_features(inputs["pixel_values"])
+    wrong = inputs["image_grid_thw"] + torch.tensor([[0, 2, 0]])
+    with pytest.raises(ValueError, match=rf"makes {int(wrong.prod())} patches, but pixels of {len(inputs['pixel_values'])}"):
+        model(**(inputs | {"image_grid_thw": wrong}))
