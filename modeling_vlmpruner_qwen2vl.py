@@ -182,7 +182,7 @@ class VLMPrunerQwen2VLForConditionalGeneration(PrunedQwenForConditionalGeneratio
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    forward = pruned_forward(Qwen2VLForConditionalGeneration.forward)
+    forward = pruned_forward(Qwen2VLForConditionalGeneration)
 
 
 class VLMPrunerQwen2_5_VLModel(PrunedQwenModelMixin, Qwen2_5_VLModel):
@@ -202,7 +202,7 @@ class VLMPrunerQwen2_5_VLForConditionalGeneration(PrunedQwenForConditionalGenera
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    forward = pruned_forward(Qwen2_5_VLForConditionalGeneration.forward)
+    forward = pruned_forward(Qwen2_5_VLForConditionalGeneration)
 
 
 __all__ = [

@@ -40,7 +40,7 @@ class VLMPrunerQwen3VLForConditionalGeneration(PrunedQwenForConditionalGeneratio
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    forward = pruned_forward(Qwen3VLForConditionalGeneration.forward)
+    forward = pruned_forward(Qwen3VLForConditionalGeneration)
 
 
 __all__ = ["VLMPrunerQwen3VLForConditionalGeneration", "VLMPrunerQwen3VLModel"]

@@ -1,16 +1,18 @@
 """What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from transformers import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .configuration_vlmpruner import check_ratio
 from .pruned_cache import PruningRecord, continued_padding_mask, pruning_state
 from .pruned_decoder import PRUNED_MASK, GridView, PruningPlan, VisualTokens, check_mask, make_plan, prune_decoder
 
@@ -82,9 +84,11 @@ class PrunedModelMixin:
     ):
         """The stock class's `forward`, with `pruning_ratio` for this call. All but the first argument go by keyword."""
         request = pruning_request or PruningRequest(pruning_ratio)
-        settings = self.config.pruning_settings(request.ratio)
+        if request.ratio is not None:
+            check_ratio(request.ratio)
         has_visuals = self._has_visuals(kwargs)
-        is_stock_call = pruning_state(past_key_values) is None and not (settings and has_visuals)
+        settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
+        is_stock_call = pruning_state(past_key_values) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
         position_ids = self.resolve_position_ids(
@@ -258,21 +262,29 @@ class PrunedForConditionalGenerationMixin:
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
 
 
-@lru_cache
 def _with_record(output_class: type) -> type:
     """The stock output class with one field more: `pruning_record` (`PruningRecord`, *optional*)."""
     fields = {"__annotations__": {"pruning_record": PruningRecord | None}, "pruning_record": None, "__module__": __name__}
     return dataclass(type(f"Pruned{output_class.__name__}", (output_class,), fields))
 
 
-def pruned_forward(stock_forward: Callable, output_class: type | None = None) -> Callable:
-    """The stock class's `forward`, which also takes `pruning_ratio` and whose outputs have a `pruning_record`.
+def _output_class(stock_class: type) -> type:
+    """What a stock generating class returns: its own output class, or (later than transformers 5.17) the shared one."""
+    name = stock_class.__name__.replace("ForConditionalGeneration", "CausalLMOutputWithPast")
+    return getattr(sys.modules[stock_class.__module__], name, CausalLMOutputWithPast)
+
+
+def pruned_forward(stock_class: type) -> Callable:
+    """The `forward` of a stock generating class that also takes `pruning_ratio` and whose outputs have a `pruning_record`.
 
     Labels that a dropped token would have to predict do not count in the loss.
     """
+    stock_forward = stock_class.forward
     parameters = list(inspect.signature(stock_forward).parameters.values())
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     ratio = inspect.Parameter("pruning_ratio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
+
+    output_class = _with_record(_output_class(stock_class))
 
     @can_return_tuple
     def forward(self, *args, labels: torch.Tensor | None = None, pruning_ratio: float | None = None, **kwargs):
@@ -285,7 +297,7 @@ def pruned_forward(stock_forward: Callable, output_class: type | None = None) ->
         loss = None
         if labels is not None:
             loss = _supervised_loss(self, outputs.logits, labels, request, {k: v for k, v in kwargs.items() if k not in names})
-        return _with_record(type(outputs))(loss=loss, **outputs, pruning_record=request.record)
+        return output_class(loss=loss, **outputs, pruning_record=request.record)
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__

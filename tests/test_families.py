@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
 from vlmpruner.token_pruning import prune_tokens
 
@@ -184,7 +184,8 @@ def test_forward_of_a_padded_batch_equals_single_rows(family, rows, padding_side
     model = load_pruned(family)
     inputs = make_inputs(family, rows, padding_side=padding_side)
     with torch.no_grad():
-        batch = model(**inputs)
+        # With positions as `generate` makes them: rotated keys, and so the first pivot, depend on where a row begins.
+        batch = model(**inputs, **positions(inputs, inputs["attention_mask"]))
         for number, row in enumerate(rows):
             single = model(**make_inputs(family, [row])).logits[0]
             is_token = inputs["attention_mask"][number].bool()
@@ -267,6 +268,22 @@ def test_static_cache_equals_dynamic_cache(family, rows):
     static = generate(model, inputs, cache_implementation="static")
     assert isinstance(static.past_key_values, StaticCache)
     torch.testing.assert_close(step_logits(static), step_logits(generate(model, inputs)), **CLOSE)
+
+
+def test_compiled_decoding_is_one_graph_for_all_steps_and_requests(family, rows):
+    """The library compiles decoding with a static cache; `backend="eager"` traces and guards without a compiler."""
+    model = load_pruned(family)
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend="eager")
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in (0, 5):
+        inputs = make_inputs(family, [*rows[:2], ([picture(seed), picture(3, 200, 300), picture(4, 500, 200)], "Which one?")])
+        compiled = generate(model, inputs, **options)
+        torch.testing.assert_close(step_logits(compiled), step_logits(generate(model, inputs)), **CLOSE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_prefilled_cache_can_be_copied_and_used_twice(family, one_image):
