@@ -1,0 +1,156 @@
+"""The `pruning_*` keys: checked at the door, kept through config.json, refused by name."""
+
+import importlib
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from families import DATA, FAMILIES
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
+
+from vlmpruner import configuration_vlmpruner
+from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, VLMPrunerLlavaConfig
+from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
+from vlmpruner.token_pruning import PruningParameters
+
+
+ROOT = Path(configuration_vlmpruner.__file__).parent
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+
+
+def config(text_config=None, **keys):
+    vision_config = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text_config = text_config or LlamaConfig(**SMALL, num_hidden_layers=4)
+    return VLMPrunerLlavaConfig(text_config=text_config, vision_config=vision_config, image_token_index=4, **keys)
+
+
+def test_defaults_are_the_papers():
+    settings = config().pruning_settings()
+    assert (settings.ratio, settings.layer, settings.parameters) == (0.889, 2, PruningParameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "legal"),
+    [
+        ("pruning_ratio", 1.0, r"in \[0, 1\)"),
+        ("pruning_ratio", -0.1, r"in \[0, 1\)"),
+        ("pruning_ratio", float("nan"), r"in \[0, 1\)"),
+        ("pruning_layer", 0, "from 1 to 3"),
+        ("pruning_layer", 4, "from 1 to 3"),
+        ("pruning_method", "fastv", "one of"),
+        ("pruning_video_scope", "frame", "one of"),
+        ("pruning_num_pivots", 0, ">= 1"),
+        ("pruning_num_channels", -1, ">= 1"),
+        ("pruning_token_batch", 0, ">= 1"),
+        ("pruning_threshold", float("inf"), "finite"),
+        ("pruning_threshold_step", 0.0, "> 0"),
+        ("pruning_spatial_weight", -1.0, ">= 0"),
+        ("pruning_aggregation_weight", 1.5, r"in \[0, 1\]"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_range(key, value, legal):
+    with pytest.raises(ValueError, match=rf"{key} must be .*{legal}.*{re.escape(repr(value))}"):
+        config(**{key: value})
+    late = config()
+    setattr(late, key, value)
+    with pytest.raises(ValueError, match=key):
+        late.pruning_settings()
+
+
+def test_a_value_of_the_wrong_type_is_named():
+    for key, value in {"pruning_ratio": "half", "pruning_layer": 2.5, "pruning_fill_budget": "yes"}.items():
+        with pytest.raises(Exception, match=rf"(?s){key}.*{value}"):
+            config(**{key: value})
+
+
+def test_an_unknown_key_is_refused():
+    with pytest.raises(ValueError, match=r"pruning_rato.*pruning_ratio"):
+        config(pruning_rato=0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_round_trip_through_a_file(family, tmp_path):
+    config_class = CONFIG_OF_BASE_MODEL[family.name]
+    config_class.from_pretrained(family.checkpoint, pruning_ratio=0.5, pruning_token_batch=3).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == config_class.model_type == f"vlmpruner_{family.name}"
+    assert written["pruning_ratio"] == 0.5 and written["pruning_token_batch"] == 3
+    assert set(written["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+        "AutoProcessor",
+    }
+    reloaded = config_class.from_pretrained(tmp_path)
+    assert reloaded.pruning_settings() == config_class(**written).pruning_settings()
+    assert reloaded.pruning_settings().parameters.token_batch == 3
+
+
+def test_another_models_config_is_refused():
+    with pytest.raises(ValueError, match=r"'qwen2_vl'.*'llava'"):
+        VLMPrunerLlavaConfig.from_pretrained(DATA / "checkpoints" / "qwen2_vl")
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        MistralConfig(**SMALL, num_hidden_layers=4, sliding_window=16),
+        Qwen2Config(**SMALL, num_hidden_layers=4, use_sliding_window=True, sliding_window=16, max_window_layers=3),
+    ],
+    ids=["mistral", "qwen2"],
+)
+def test_a_sliding_window_above_the_pruning_layer_is_refused(text_config):
+    with pytest.raises(ValueError, match=r"layer [23] .*sliding_attention \(window 16\)"):
+        config(text_config)
+    unpruned = config(text_config, pruning_ratio=0.0)
+    assert unpruned.pruning_settings() is None
+    with pytest.raises(ValueError, match="sliding_attention"):
+        unpruned.pruning_settings(pruning_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        MistralConfig(**SMALL, num_hidden_layers=4, sliding_window=None),
+        Qwen2Config(**SMALL, num_hidden_layers=4),
+    ],
+    ids=["mistral", "qwen2"],
+)
+def test_other_language_models_are_pruned(text_config):
+    torch.manual_seed(0)
+    model = VLMPrunerLlavaForConditionalGeneration(config(text_config)).eval()
+    ids = torch.tensor([[5, *[4] * 49, 6, 7]])
+    size = model.config.vision_config.image_size
+    outputs = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(1, 3, size, size),
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+    )
+    assert outputs.past_key_values.pruning_record.num_kept == round(49 * 0.111)
+
+
+def test_an_untried_language_model_is_refused():
+    with pytest.raises(ValueError, match=r"'phi' are not supported.*llama"):
+        VLMPrunerLlavaForConditionalGeneration(config(PhiConfig(**SMALL, num_hidden_layers=4)))
+
+
+@pytest.mark.parametrize("version", ["5.16.2", "6.0.0"])
+def test_another_transformers_is_refused(version, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(ImportError, match=rf"transformers>=5.17,<6, but {version}"):
+        importlib.reload(configuration_vlmpruner)
+
+
+def test_the_supported_range_is_stated_the_same_everywhere():
+    stated = f">={configuration_vlmpruner.OLDEST_TRANSFORMERS},<{configuration_vlmpruner.FIRST_UNSUPPORTED_TRANSFORMERS}"
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers{stated}" in dependencies
+    assert f"transformers{stated}" in (ROOT / "README.md").read_text()
+    assert f"transformers=={configuration_vlmpruner.OLDEST_TRANSFORMERS}.*" in (ROOT / "Makefile").read_text()
