@@ -158,7 +158,7 @@ class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixi
         attention_mask = model_kwargs.get("attention_mask")
         total = attention_mask.shape[1] if attention_mask is not None else text.shape[1]
         new = tokens[:, past_length - total :]
-        has_visuals = self.model._has_visuals(model_kwargs)
+        has_visuals = self.model.has_visuals(model_kwargs)
         types = model_kwargs["mm_token_type_ids"][:, past_length - total :] if has_visuals else None
         positions = self.model.mrope_position_ids(new, types, attention_mask, cache, model_kwargs)
         past = text[:, :past_length].expand(4, new.shape[0], -1)

@@ -130,8 +130,7 @@ def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], mod
         if num_features > free:
             raise ValueError(
                 f"{modality.capitalize()} {image} has {num_features} features, but row {row} of the batch has only {free} of "
-                f"its {tokens_of_rows[row]} placeholders left. Each row needs the placeholders of its own {modality}s. "
-                "(A prompt that is prefilled in chunks can not be cut within an image: set prefill_chunk_size=None.)"
+                f"its {tokens_of_rows[row]} placeholders left. Each row needs the placeholders of its own {modality}s."
             )
         rows.append(row)
         free -= num_features

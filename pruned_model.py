@@ -4,9 +4,10 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -86,7 +87,7 @@ class PrunedModelMixin:
         request = pruning_request or PruningRequest(pruning_ratio)
         if request.ratio is not None:
             check_ratio(request.ratio)
-        has_visuals = self._has_visuals(kwargs)
+        has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         is_stock_call = pruning_state(past_key_values) is None and settings is None
         if not is_stock_call:
@@ -133,7 +134,7 @@ class PrunedModelMixin:
                 outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
         return outputs
 
-    def _has_visuals(self, inputs: dict) -> bool:
+    def has_visuals(self, inputs: dict) -> bool:
         """Whether images or videos come with a call, as pixels or encoded."""
         encoded = inputs.get("mm_encoder_outputs") or {}
         return any(
@@ -186,9 +187,8 @@ class PrunedModelMixin:
         """
         if not hasattr(features, "grid_views"):
             raise ValueError(
-                f"The grid of {modality} features of shape {tuple(features.shape)} is not known, because this model's "
-                f"get_{modality}_features did not make them as they are (a prompt prefilled in chunks cuts them: set "
-                "prefill_chunk_size=None). Pass pixels, or set pruning_ratio=0."
+                f"The grid of {modality} features of shape {tuple(features.shape)} is not known: this model's "
+                f"get_{modality}_features did not make them as they are. Pass pixels, or set pruning_ratio=0."
             )
         return features.grid_views
 
@@ -225,6 +225,21 @@ class PrunedForConditionalGenerationMixin:
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
             )
         return (model, info) if output_loading_info else model
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        options = kwargs.get("generation_config") or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", getattr(options, "prefill_chunk_size", None))
+        if (
+            chunk_size is not None
+            and self.model.has_visuals(kwargs)
+            and self.config.pruning_settings(kwargs.get("pruning_ratio"))
+        ):
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among the tokens of a whole image. "
+                "Set prefill_chunk_size=None, or pruning_ratio=0."
+            )
+        return super().generate(*args, **kwargs)
 
     def get_pruning_record(self, outputs) -> PruningRecord | None:
         """What was kept, or None if nothing was pruned.

@@ -668,6 +668,12 @@ def test_wrong_input_is_named(family, one_image):
         model(**(one_image | {"input_ids": fewer}))
 
 
+def test_a_prefill_in_chunks_is_refused_with_images_alone(family, one_image):
+    model = load_pruned(family)
+    with pytest.raises(ValueError, match="prefill_chunk_size=7 cuts images"):
+        generate(model, one_image, prefill_chunk_size=7)
+
+
 def test_a_cache_pruned_at_another_layer_is_refused(family, one_image):
     model = copy.deepcopy(load_pruned(family))
     with torch.no_grad():
