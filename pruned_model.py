@@ -236,7 +236,7 @@ class PrunedForConditionalGenerationMixin:
             and self.config.pruning_settings(kwargs.get("pruning_ratio"))
         ):
             raise ValueError(
-                f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among the tokens of a whole image. "
+                f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among all tokens of an image. "
                 "Set prefill_chunk_size=None, or pruning_ratio=0."
             )
         return super().generate(*args, **kwargs)
