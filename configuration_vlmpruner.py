@@ -4,13 +4,24 @@ Each class is a base class of transformers with `PruningConfig` in front, a `mod
 not be opened without its code, which would silently give an unpruned model), and the `auto_map` that the Hub reads.
 """
 
+# ruff: noqa: E402 - the version is checked before anything is imported that an older one lacks
+
+import transformers
+from packaging.version import Version
+
+
+# The one place that states the supported range; pyproject.toml and README.md repeat it, a test compares them.
+OLDEST_TRANSFORMERS, FIRST_UNSUPPORTED_TRANSFORMERS = "5.17", "6"
+
+if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Version(FIRST_UNSUPPORTED_TRANSFORMERS):
+    needed = f"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"
+    raise ImportError(f'This code needs {needed}, but {transformers.__version__} is installed. Run pip install "{needed}".')
+
 import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import transformers
 from huggingface_hub.dataclasses import strict
-from packaging.version import Version
 from transformers import (
     LlavaConfig,
     LlavaNextConfig,
@@ -22,16 +33,6 @@ from transformers import (
 
 from .token_pruning import PruningParameters
 
-
-# The one place that states the supported range; pyproject.toml and README.md repeat it, a test compares them.
-OLDEST_TRANSFORMERS, FIRST_UNSUPPORTED_TRANSFORMERS = "5.17", "6"
-
-if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Version(FIRST_UNSUPPORTED_TRANSFORMERS):
-    raise ImportError(
-        f"This model's code needs transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}, but "
-        f"{transformers.__version__} is installed. Run `pip install "
-        f'"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"`.'
-    )
 
 PRUNING_METHODS = ("vlm_pruner", "none")
 VIDEO_SCOPES = ("slice", "video")
@@ -215,7 +216,7 @@ class VLMPrunerLlavaNextConfig(PruningConfig, LlavaNextConfig):
 
 @strict
 class VLMPrunerLlavaOnevisionConfig(PruningConfig, LlavaOnevisionConfig):
-    """LLaVA-OneVision and LLaVA-Video with pruning. See `PruningConfig` for the keys that this adds to `LlavaOnevisionConfig`."""
+    """LLaVA-OneVision with pruning. See `PruningConfig` for the keys that this adds to `LlavaOnevisionConfig`."""
 
     model_type = "vlmpruner_llava_onevision"
     base_model_type = "llava_onevision"
