@@ -1,20 +1,33 @@
-"""LLaVA-1.5 with pruning: the difference to transformers' classes.
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision / LLaVA-Video with pruning: the difference to transformers' classes.
 
-What is LLaVA's own: each image is one grid of the vision tower's patches, and with the "full" feature strategy a class token
-comes first, which is structure. Everything else is in `pruned_decoder.py`.
+What is LLaVA's own is which grids an image or a video forms:
+- LLaVA-1.5: one grid of the vision tower's patches; with the "full" feature strategy a class token before it.
+- LLaVA-NeXT and OneVision: a base view, and a view of higher resolution that lost its padding and has a newline token at the
+  end of each row. OneVision sees the images of a row that has several as a base view alone, with one newline at the end.
+- OneVision's videos: a pooled grid for each frame, and one newline at the end.
+Class tokens and newlines are structure: never candidates, always kept. Everything else is in `pruned_decoder.py` and
+`pruned_model.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from math import ceil
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaModel
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+)
 from transformers.utils import can_return_tuple
 
-from .configuration_vlmpruner import VLMPrunerLlavaConfig
-from .pruned_cache import PruningRecord
-from .pruned_decoder import GridView
+from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
+from .pruned_decoder import GridView, rows_of_images, video_views
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
     PrunedModelMixin,
@@ -23,7 +36,14 @@ from .pruned_model import (
 )
 
 
-register_weight_renaming(VLMPrunerLlavaForConditionalGeneration="llava", VLMPrunerLlavaModel="LlavaModel")
+register_weight_renaming(
+    VLMPrunerLlavaForConditionalGeneration="llava",
+    VLMPrunerLlavaModel="LlavaModel",
+    VLMPrunerLlavaNextForConditionalGeneration="llava_next",
+    VLMPrunerLlavaNextModel="LlavaNextModel",
+    VLMPrunerLlavaOnevisionForConditionalGeneration="llava_onevision",
+    VLMPrunerLlavaOnevisionModel="LlavaOnevisionModel",
+)
 
 
 class VLMPrunerLlavaModel(PrunedModelMixin, LlavaModel):
@@ -68,14 +88,194 @@ class VLMPrunerLlavaModel(PrunedModelMixin, LlavaModel):
         return [GridView(height, width, start=num_structure)]
 
 
-@dataclass
-class VLMPrunerLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """Adds `pruning_record` (`PruningRecord`, *optional*): what was kept of this call's images."""
+@dataclass(frozen=True)
+class PackedTiles:
+    """How the features of an image were packed: `num_tiles` tiles of `tile_length` features, of image `image` of
+    `image_sizes` [num_images, 2] (height, width in pixels), with `options` for the stock `pack_image_features`."""
 
-    pruning_record: PruningRecord | None = None
+    num_tiles: int
+    tile_length: int
+    image: int
+    image_sizes: torch.Tensor | Sequence
+    options: dict
 
 
-class VLMPrunerLlavaForConditionalGeneration(PrunedForConditionalGenerationMixin, LlavaForConditionalGeneration):
+class AnyResolutionMixin(PrunedModelMixin):
+    """Put in front of a stock model whose images are a base view and tiles of a larger one."""
+
+    def pack_image_features(self, image_features, image_sizes, **options):
+        """As in the stock class. Each tensor of features gets an attribute `packed_tiles`, of which `grid_views_of` makes its
+        grids, because the features travel through `generate` without the arguments that would tell."""
+        packed, lengths = super().pack_image_features(image_features, image_sizes, **options)
+        for image, (features, tiles) in enumerate(zip(packed, image_features, strict=True)):
+            features.packed_tiles = PackedTiles(*tiles.shape[:2], image, image_sizes, options)
+        return packed, lengths
+
+    def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
+        if not hasattr(features, "packed_tiles"):
+            return super().grid_views_of(modality, features)
+        return self._any_resolution_views(features.packed_tiles, len(features))
+
+    def _any_resolution_views(self, tiles: PackedTiles, num_features: int) -> list[GridView]:
+        """The grids of an image, found by packing tiles of zeros and looking where the newlines went.
+
+        Raises:
+            ValueError: if an image of this size has another number of features.
+        """
+        size = tiles.image_sizes[tiles.image]
+        zeros = torch.zeros(tiles.num_tiles, tiles.tile_length, 1, device="cpu")
+        options = tiles.options | {"image_newline": torch.ones(1, device="cpu")}
+        (packed,), _ = super().pack_image_features([zeros], [size], **options)
+        height, width = self._tower_grid()
+        class_tokens = tiles.tile_length - height * width
+        if len(packed) != num_features or class_tokens not in (0, 1):
+            raise ValueError(
+                f"An image of {int(size[0])} x {int(size[1])} pixels makes {len(packed)} features with a base view of "
+                f"{height} x {width} = {height * width}, but it has {num_features} features and a base view of "
+                f"{tiles.tile_length}."
+            )
+        views = [GridView(height, width, start=class_tokens)]
+        newlines = packed[:, 0].nonzero()[:, 0].tolist()
+        row_stride = (num_features - tiles.tile_length) // max(len(newlines), 1)
+        if row_stride > 1:  # else a single tile, or a very thin image, of which unpadding leaves nothing
+            views.append(GridView(len(newlines), row_stride - 1, start=tiles.tile_length, row_stride=row_stride))
+        return views
+
+    def _tower_grid(self) -> tuple[int, int]:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return side, side
+
+
+def with_image_sizes(get_image_features: Callable) -> Callable:
+    """The stock method, which raises a ValueError where `image_sizes` are missing."""
+
+    @wraps(get_image_features)
+    def checked(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, *args, **kwargs):
+        if image_sizes is None:
+            raise ValueError(
+                f"{type(self).__name__} got pixel_values but no image_sizes, the (height, width) of each image before it was "
+                "cut into tiles. Pass what the processor returned for the same images."
+            )
+        return get_image_features(self, pixel_values, image_sizes, *args, **kwargs)
+
+    return checked
+
+
+class VLMPrunerLlavaNextModel(AnyResolutionMixin, LlavaNextModel):
+    """`LlavaNextModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerLlavaNextConfig
+    encoder_inputs = {"image": ("pixel_values", ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy"))}
+    get_image_features = with_image_sizes(LlavaNextModel.get_image_features)
+
+
+class VLMPrunerLlavaOnevisionModel(AnyResolutionMixin, LlavaOnevisionModel):
+    """`LlavaOnevisionModel` whose decoder drops visual tokens.
+
+    As in the stock class, `forward` takes `vision_aspect_ratio` from the config; the argument counts in `generate` alone (and
+    nowhere in transformers 5.17).
+    """
+
+    config: VLMPrunerLlavaOnevisionConfig
+    encoder_inputs = {
+        "image": (
+            "pixel_values",
+            ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy", "batch_num_images"),
+        ),
+        "video": ("pixel_values_videos", ("vision_feature_layer", "vision_feature_select_strategy")),
+    }
+    get_image_features = with_image_sizes(LlavaOnevisionModel.get_image_features)
+
+    def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
+        if modality != "video":
+            return super().grid_views_of(modality, features)
+        height, width = self._frame_grid()
+        frames, surplus = divmod(len(features) - 1, height * width)
+        if surplus:
+            raise ValueError(
+                f"A video has {len(features)} features, which is no number of frames of {height} x {width} = {height * width} "
+                "and one newline. (A prompt prefilled in chunks cuts them: set prefill_chunk_size=None.)"
+            )
+        return video_views(frames, height, width, self.config.pruning_video_scope)
+
+    def _encode(self, inputs: dict) -> dict:
+        """Ends each video with a newline. From transformers 5.18 on `get_video_features` does so; 5.17 does it in `forward`."""
+        pixels = inputs.get("pixel_values_videos")
+        encoded = super()._encode(inputs)
+        height, width = self._frame_grid()
+        if pixels is not None and (videos := encoded["video"]).pooler_output.shape[1] == pixels.shape[1] * height * width:
+            newlines = self.image_newline.to(videos.pooler_output).expand(len(videos.pooler_output), 1, -1)
+            videos.pooler_output = torch.cat([videos.pooler_output, newlines], dim=1)
+        return encoded
+
+    def _frame_grid(self) -> tuple[int, int]:
+        """(height, width) of a frame in tokens, after pooling by two."""
+        height, width = self._tower_grid()
+        return ceil(height / 2), ceil(width / 2)
+
+
+class LlavaGenerationMixin(PrunedForConditionalGenerationMixin):
+    """Put in front of a stock generating LLaVA model. Also repeats images and videos by rows for beams and samples.
+
+    transformers 5.17 and 5.18 repeat each image on its own: of a row with images A and B, one beam gets A, A, the next B, B.
+    """
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ):
+        visuals = {} if expand_size == 1 else self._repeat_visuals(expand_size, input_ids, model_kwargs)
+        others = {name: value for name, value in model_kwargs.items() if name not in visuals}
+        input_ids, others = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
+        )
+        return input_ids, others | visuals
+
+    def _repeat_visuals(self, repeats: int, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
+        """The images and videos among `inputs`, encoded or as pixels, `repeats` times: [A, B] of a row becomes [A, B, A, B].
+
+        Only the encoder tells how many tokens an image has, so pixels (transformers 5.17) are encoded once for that.
+        """
+        encoded = self.model._encode(dict(inputs))
+        given = dict(inputs.get("mm_encoder_outputs") or {})
+        visuals = {}
+        for modality, outputs in encoded.items():
+            placeholders = self._placeholders_of_rows(modality, input_ids, inputs.get("inputs_embeds"))
+            rows = rows_of_images(placeholders, [len(features) for features in outputs.pooler_output], modality)
+            images_of_rows = [[image for image, of in enumerate(rows) if of == row] for row in range(len(placeholders))]
+            order = [image for images in images_of_rows for image in images * repeats]
+            if given.get(modality) is None:
+                visuals |= self._repeat_pixels(modality, inputs, len(rows), order)
+            else:
+                pooled = outputs.pooler_output
+                pooled = pooled[order] if isinstance(pooled, torch.Tensor) else [pooled[image] for image in order]
+                given[modality] = replace(outputs, pooler_output=pooled)
+        return visuals | ({"mm_encoder_outputs": given} if given else {})
+
+    def _repeat_pixels(self, modality: str, inputs: dict, num_images: int, order: list[int]) -> dict:
+        pixels, others = self.model.encoder_inputs[modality]
+        if len(inputs[pixels]) != num_images:
+            raise ValueError(
+                f"Several sequences for each row need {pixels} with one entry for each {modality}, but there are "
+                f"{len(inputs[pixels])} entries for {num_images} {modality}s."
+            )
+        values = {name: inputs.get(name) for name in (pixels, *others)}
+        # Counts of images for each row are repeated like the rows, by the stock code.
+        return {
+            name: value[order] for name, value in values.items() if isinstance(value, torch.Tensor) and len(value) == num_images
+        }
+
+    def _placeholders_of_rows(self, modality: str, input_ids, inputs_embeds) -> list[int]:
+        token = torch.tensor(getattr(self.config, f"{modality}_token_id"), device=self.device)
+        if input_ids is not None and input_ids.numel() > 0:
+            return (input_ids == token).sum(1).tolist()
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1).sum(1).tolist()
+
+
+class VLMPrunerLlavaForConditionalGeneration(LlavaGenerationMixin, LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` that removes visual tokens inside the decoder (VLM-Pruner, arXiv 2512.02700).
 
     `forward` and `generate` take everything that the stock class takes, and `pruning_ratio` (`float` in [0, 1), *optional*),
@@ -92,7 +292,42 @@ class VLMPrunerLlavaForConditionalGeneration(PrunedForConditionalGenerationMixin
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    forward = pruned_forward(LlavaForConditionalGeneration.forward, VLMPrunerLlavaCausalLMOutputWithPast)
+    forward = pruned_forward(LlavaForConditionalGeneration)
 
 
-__all__ = ["VLMPrunerLlavaForConditionalGeneration", "VLMPrunerLlavaModel"]
+class VLMPrunerLlavaNextForConditionalGeneration(LlavaGenerationMixin, LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration` that removes visual tokens inside the decoder, as the LLaVA-1.5 class above."""
+
+    config: VLMPrunerLlavaNextConfig
+
+    def __init__(self, config: VLMPrunerLlavaNextConfig):
+        super(LlavaNextForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerLlavaNextModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(LlavaNextForConditionalGeneration)
+
+
+class VLMPrunerLlavaOnevisionForConditionalGeneration(LlavaGenerationMixin, LlavaOnevisionForConditionalGeneration):
+    """`LlavaOnevisionForConditionalGeneration` that removes visual tokens inside the decoder, as the LLaVA-1.5 class above."""
+
+    config: VLMPrunerLlavaOnevisionConfig
+
+    def __init__(self, config: VLMPrunerLlavaOnevisionConfig):
+        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerLlavaOnevisionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(LlavaOnevisionForConditionalGeneration)
+
+
+__all__ = [
+    "VLMPrunerLlavaForConditionalGeneration",
+    "VLMPrunerLlavaModel",
+    "VLMPrunerLlavaNextForConditionalGeneration",
+    "VLMPrunerLlavaNextModel",
+    "VLMPrunerLlavaOnevisionForConditionalGeneration",
+    "VLMPrunerLlavaOnevisionModel",
+]

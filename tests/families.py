@@ -1,6 +1,9 @@
 """The model families that the shared test matrix runs over. A new family joins by one entry in `FAMILIES`."""
 
+import atexit
 import importlib
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +20,17 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Family:
-    """One family: `checkpoint` in tests/data/checkpoints, the stock class, ours as `module.Name`, and its processor."""
+    """One family: `checkpoint` in tests/data/checkpoints, the stock class, ours as `module.Name`, and its processor.
+
+    `tile` is the side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of
+    tokens of an image.
+    """
 
     name: str
     stock: str
     pruned: str
     processor: str
+    tile: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -55,12 +63,14 @@ FAMILIES = {
             stock="LlavaNextForConditionalGeneration",
             pruned="modeling_vlmpruner_llava.VLMPrunerLlavaNextForConditionalGeneration",
             processor="processing.VLMPrunerLlavaNextProcessor",
+            tile=84,
         ),
         Family(
             name="llava_onevision",
             stock="LlavaOnevisionForConditionalGeneration",
             pruned="modeling_vlmpruner_llava.VLMPrunerLlavaOnevisionForConditionalGeneration",
             processor="processing.VLMPrunerLlavaOnevisionProcessor",
+            tile=100,
         ),
         Family(
             name="qwen2_vl",
@@ -89,6 +99,31 @@ def _import(path: str):
     return getattr(importlib.import_module(f"vlmpruner.{module}"), name)
 
 
+@lru_cache
+def small_checkpoint(family: Family) -> Path:
+    """The family's checkpoint, with a vision tower for pictures of `family.tile` pixels where it has one."""
+    if family.tile is None:
+        return family.checkpoint
+    model, processor = family.stock_class.from_pretrained(family.checkpoint), AutoProcessor.from_pretrained(family.checkpoint)
+    config, scale = model.config, family.tile / model.config.vision_config.image_size
+    config.vision_config.image_size = family.tile
+    config.image_grid_pinpoints = [[round(side * scale) for side in sides] for sides in config.image_grid_pinpoints]
+    small = family.stock_class(config)
+    weights = model.state_dict()
+    small.load_state_dict({name: weights[name][: len(weight)] for name, weight in small.state_dict().items()})
+    processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    processor.num_image_tokens = (family.tile // config.vision_config.patch_size) ** 2
+    for part in (processor.image_processor, getattr(processor, "video_processor", None)):
+        for name in ("size", "crop_size"):
+            if getattr(part, name, None):
+                setattr(part, name, dict.fromkeys(dict(getattr(part, name)), family.tile))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family.name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    small.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def spread_weights(model):
     """Make a tiny random model opinionated: with weights as initialised all hidden states are nearly the same, every answer is
     one token again and again, and no mistake in positions or masks would show."""
@@ -105,18 +140,18 @@ def spread_weights(model):
 @lru_cache
 def load_pruned(family: Family, attn: str = "sdpa", **config):
     kwargs = {"pruning_ratio": 0.889, "dtype": torch.float32, "attn_implementation": attn} | config
-    return spread_weights(family.pruned_class.from_pretrained(family.checkpoint, **kwargs).eval())
+    return spread_weights(family.pruned_class.from_pretrained(small_checkpoint(family), **kwargs).eval())
 
 
 @lru_cache
 def load_stock(family: Family, attn: str = "sdpa"):
-    model = family.stock_class.from_pretrained(family.checkpoint, dtype=torch.float32, attn_implementation=attn)
+    model = family.stock_class.from_pretrained(small_checkpoint(family), dtype=torch.float32, attn_implementation=attn)
     return spread_weights(model.eval())
 
 
 @lru_cache
 def load_processor(family: Family):
-    processor = AutoProcessor.from_pretrained(family.checkpoint)
+    processor = AutoProcessor.from_pretrained(small_checkpoint(family))
     processor.tokenizer.padding_side = "left"
     return processor
 

@@ -1,0 +1,190 @@
+"""Answer a question about a picture without and with pruning, and show what the pruning saved and kept.
+
+`python demo.py [--model FOLDER_OR_ID] [--image FILE] [--question TEXT] [--ratio FRACTION]`; `make demo` sets up an environment
+first. The model is a repo made by export.py, or a base checkpoint of a supported family, which is exported to a temporary
+folder. Without one it is this repo, or, as long as the repo has no weights, a tiny random model from the tests.
+
+Times are medians of a few runs after one that is not counted. Decoding is greedy.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from export import CONFIG, ROOT, Base, config_classes, export_model, readable
+
+
+TINY_MODEL = ROOT / "tests" / "data" / "checkpoints" / "llava"
+TINY_NOTE = (
+    "This is a tiny random model: its words are meaningless, and it is too small to gain time. The token counts are real."
+)
+QUESTION = "What is written on the sign?"
+PICTURE = Path("demo_output") / "kept.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `measure` saw of one ratio. Times in seconds; `record` is None when nothing was pruned."""
+
+    answer: str
+    new_tokens: int
+    cache_bytes: int
+    first_token: float
+    total: float
+    record: object
+
+
+def draw_scene() -> Image.Image:
+    """A house with a sign, under the sun."""
+    scene = Image.new("RGB", (640, 480), (126, 190, 238))
+    draw = ImageDraw.Draw(scene)
+    draw.ellipse((440, 36, 520, 116), fill=(255, 214, 74))
+    draw.ellipse((-160, 300, 440, 640), fill=(104, 168, 92))
+    draw.ellipse((240, 330, 860, 700), fill=(82, 148, 78))
+    draw.rectangle((120, 220, 280, 390), fill=(222, 184, 140))
+    draw.polygon(((100, 220), (200, 124), (300, 220)), fill=(176, 74, 60))
+    draw.rectangle((140, 300, 188, 390), fill=(104, 66, 46))
+    draw.rectangle((216, 256, 256, 296), fill=(196, 226, 244), outline=(104, 66, 46), width=4)
+    draw.rectangle((430, 280, 444, 430), fill=(120, 120, 120))
+    draw.rounded_rectangle((340, 200, 534, 286), radius=14, fill=(200, 40, 48), outline=(255, 255, 255), width=6)
+    draw.text((437, 243), "OPEN", fill=(255, 255, 255), font=ImageFont.load_default(size=58), anchor="mm")
+    return scene
+
+
+def pruned_repo(checkpoint: Base, model: str, folder: Path) -> str:
+    """Id or path of a pruned model repo: `model` itself if it is one, else an export of it to `folder`."""
+    model_type = checkpoint.config().get("model_type")
+    if model_type in {config_class.model_type for config_class in config_classes().values()}:
+        return model
+    return str(export_model(model, folder / "model", report=lambda line: None))
+
+
+def place_for_export(checkpoint: Base) -> Path | None:
+    """A folder on the file system of the weights, so that they can be linked; None for the system's temporary folder."""
+    beside = checkpoint.folder.parent
+    return beside if checkpoint.folder != TINY_MODEL and os.access(beside, os.W_OK) else None
+
+
+def load(repo: str):
+    """The processor and the model, which is in float32 on a CPU and as saved on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    dtype = "auto" if device == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
+    return processor, model.eval().to(device)
+
+
+def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats: int) -> Run:
+    """Generate once to warm up, then `repeats` times."""
+
+    def generate(num_tokens: int):
+        start = time.perf_counter()
+        outputs = model.generate(
+            **inputs, pruning_ratio=ratio, max_new_tokens=num_tokens, do_sample=False, return_dict_in_generate=True
+        )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, outputs
+
+    _, outputs = generate(max_new_tokens)
+    first_token = statistics.median(generate(1)[0] for _ in range(repeats))
+    total = statistics.median(generate(max_new_tokens)[0] for _ in range(repeats))
+    new_tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+    return Run(
+        answer=processor.decode(new_tokens, skip_special_tokens=True).strip(),
+        new_tokens=len(new_tokens),
+        cache_bytes=sum(states.nbytes for layer in outputs.past_key_values.layers for states in (layer.keys, layer.values)),
+        first_token=first_token,
+        total=total,
+        record=model.get_pruning_record(outputs),
+    )
+
+
+def table(unpruned: Run, pruned: Run, prompt_length: int, layer: int) -> str:
+    num_visual, num_kept = pruned.record.num_visual, pruned.record.num_kept
+    rows = [
+        ("", "unpruned", "pruned", ""),
+        compare("visual tokens", num_visual, num_kept, str),
+        compare(f"prompt tokens from layer {layer} on", prompt_length, prompt_length - num_visual + num_kept, str),
+        compare("KV cache at the end", unpruned.cache_bytes, pruned.cache_bytes, readable),
+        compare("time to the first token", unpruned.first_token, pruned.first_token, milliseconds),
+        compare("time in all", unpruned.total, pruned.total, milliseconds),
+        ("answer's tokens", str(unpruned.new_tokens), str(pruned.new_tokens), ""),
+    ]
+    return "\n".join(f"{name:30} {before:>10} {after:>10} {change:>8}".rstrip() for name, before, after, change in rows)
+
+
+def compare(name: str, before: float, after: float, text) -> tuple[str, str, str, str]:
+    return name, text(before), text(after), f"{after / before - 1:+.0%}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    image = Image.open(arguments.image).convert("RGB") if arguments.image else draw_scene()
+    model_name = arguments.model or str(ROOT if (ROOT / CONFIG).is_file() else TINY_MODEL)
+    checkpoint = Base.open(model_name)
+    print(f"model     {model_name}")
+    if checkpoint.folder == TINY_MODEL:
+        print(TINY_NOTE)
+    with tempfile.TemporaryDirectory(dir=place_for_export(checkpoint), prefix=".demo-") as folder:
+        processor, model = load(pruned_repo(checkpoint, model_name, Path(folder)))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": arguments.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    ratio = model.config.pruning_ratio if arguments.ratio is None else arguments.ratio
+    if model.config.pruning_settings(ratio) is None:
+        raise ValueError(f"Nothing would be pruned with pruning_method={model.config.pruning_method!r} and a ratio of {ratio}.")
+    unpruned, pruned = (
+        measure(processor, model, inputs, each, arguments.max_new_tokens, arguments.repeats) for each in (0.0, ratio)
+    )
+    print(f"question  {arguments.question}")
+    print(f"unpruned  {unpruned.answer or '(no text)'}")
+    print(f"pruned    {pruned.answer or '(no text)'}\n")
+    print(table(unpruned, pruned, inputs["input_ids"].shape[1], model.config.pruning_layer))
+    PICTURE.parent.mkdir(exist_ok=True)
+    processor.draw_kept_tokens(image, pruned.record)[0].save(PICTURE)
+    print(f"\nThe tokens that were kept: {PICTURE}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="pruned model repo or base checkpoint, folder or id on the Hub")
+    parser.add_argument("--image", help="picture file; without one a scene is drawn")
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--ratio", type=float, help="fraction of visual tokens to remove, above 0 and below 1")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run_demo(arguments)
+    except KeyboardInterrupt:
+        print("demo.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

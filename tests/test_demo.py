@@ -1,0 +1,84 @@
+"""The demo runs on what a bare clone has, and on what its user gives it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, picture
+from PIL import Image
+
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = FAMILIES["llava"].checkpoint
+QUICK = ("--max-new-tokens", "4", "--repeats", "1")
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Runs the demo in an empty folder."""
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, ROOT / "demo.py", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def numbers(output: str, row: str) -> list[str]:
+    """The two values of a row of the table."""
+    return re.search(rf"^{row} {{2,}}(\S+(?: \S+)?) {{2,}}(\S+(?: \S+)?)", output, re.MULTILINE).groups()
+
+
+def test_demo_on_a_base_checkpoint(demo, tmp_path):
+    """An own picture and question; the base is exported on the way, and nothing of that stays."""
+    picture(1).save(tmp_path / "mine.jpg")
+    before = sorted(CHECKPOINT.parent.iterdir())
+    process = demo("--model", CHECKPOINT, "--image", "mine.jpg", "--question", 'What\'s "this"?', "--ratio", "0.75", *QUICK)
+    assert process.returncode == 0, process.stderr
+    output = process.stdout
+    assert "tiny random model" in output
+    assert 'What\'s "this"?' in output
+    assert numbers(output, "visual tokens") == ("576", "144")
+    full, pruned = map(int, numbers(output, "prompt tokens from layer 2 on"))
+    assert full - pruned == 576 - 144
+    unit = 4 * 64 * 2  # float32, hidden size, keys and values
+    cached = [float(each.split()[0]) for each in numbers(output, "KV cache at the end")]
+    expected = [4 * (full + 3) * unit / 1e6, (2 * (full + 3) + 2 * (pruned + 3)) * unit / 1e3]
+    assert cached == pytest.approx(expected, rel=0.05)
+    assert "time to the first token" in output
+    assert "time in all" in output
+    path = re.search(r"kept: (\S+)", output).group(1)
+    assert Image.open(tmp_path / path).size == (672, 702)
+    assert sorted(CHECKPOINT.parent.iterdir()) == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["demo_output", "mine.jpg"]
+
+
+def test_demo_without_arguments(demo, tmp_path):
+    process = demo(*QUICK)
+    assert process.returncode == 0, process.stderr
+    assert "What is written on the sign?" in process.stdout
+    assert (tmp_path / "demo_output" / "kept.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "./absent"), "is neither a folder nor the id of a model on the Hub"),
+        (("--ratio", "0"), "Nothing would be pruned"),
+    ],
+)
+def test_errors_are_one_line(demo, arguments, message):
+    process = demo(*arguments)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert message in process.stderr

@@ -1,0 +1,490 @@
+"""An export loads everywhere, is the base model when unpruned, and is written whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, picture
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, AutoTokenizer
+
+from vlmpruner import export
+from vlmpruner.export import export_model, main
+
+
+TESTS = Path(__file__).parent
+LLAVA = FAMILIES["llava"].checkpoint
+SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def exported(family, tmp_path_factory):
+    return export_model(family.checkpoint, tmp_path_factory.mktemp("exports") / "pruned-model", report=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Runs a script in a process that knows nothing of the project, with one cache of custom code for the module's tests."""
+    home = tmp_path_factory.mktemp("home")
+    picture(1).save(home / "picture.png")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(script: Path, *arguments, cwd: Path) -> str:
+        process = subprocess.run(
+            [sys.executable, "-I", script, *arguments],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
+
+    run.picture = home / "picture.png"
+    return run
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of the LLaVA checkpoint that a test may damage."""
+    return Path(shutil.copytree(LLAVA, tmp_path / "base"))
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line in this process and gives (exit status, stdout, stderr)."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def quietly(*arguments, **kwargs) -> Path:
+    return export_model(*arguments, report=lambda line: None, **kwargs)
+
+
+def split_in_two(base: Path) -> None:
+    """Make the one shard of a checkpoint two, with an index."""
+    tensors = load_file(base / SHARD)
+    (base / SHARD).unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, base / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def snippets(repo: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), flags=re.DOTALL)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_loads_everywhere_and_is_the_base_when_unpruned(family, exported, python, tmp_path):
+    output = python(TESTS / "load_repo.py", exported, family.checkpoint / "expected.safetensors", python.picture, cwd=tmp_path)
+    result = json.loads(output.splitlines()[-1])
+    name = "transformers_modules." + family.pruned_class.__name__.removesuffix("ForConditionalGeneration")
+    for loaded in (result["first"], result["second"]):
+        assert loaded["AutoConfig"] == f"{name}Config"
+        assert loaded["AutoProcessor"] == f"{name}Processor"
+        for auto in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+            assert loaded[auto] == f"{name}ForConditionalGeneration"
+            assert loaded[f"{auto} keys"] == []
+    assert all(refused is True for refused in result["without_trust"].values()), result["without_trust"]
+    assert result["unpruned"]["same_tokens"]
+    assert result["unpruned"]["logits_error"] < 1e-4
+    assert not result["unpruned"]["record"]
+    assert result["pipeline"] == {
+        "model": f"{name}ForConditionalGeneration",
+        "processor": f"{name}Processor",
+        "chat": "assistant",
+        "plain": True,
+    }
+    saved = result["saved"]
+    assert saved["classes"] == [f"{name}ForConditionalGeneration", f"{name}Processor"]
+    assert saved["keys"] == []
+    assert saved["ratio"] == 0.889
+    assert saved["same_logits"]
+    num_kept, num_visual = saved["kept"]
+    assert num_kept == round(num_visual * (1 - 0.889))
+    assert not result["project_was_imported"]
+
+
+def test_snippets_of_the_card_run(exported, python, tmp_path):
+    code = "\n".join(snippets(exported))
+    address = re.search(r"https://\S+\.JPG", code).group()
+    script = tmp_path / "snippets.py"
+    script.write_text(code.replace(address, str(python.picture)))
+    python(script, cwd=exported.parent)
+    assert (exported.parent / "kept.png").stat().st_size > 0
+
+
+def test_card_states_what_the_hub_needs(exported):
+    data = ModelCard.load(exported / "README.md").data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "image-text-to-text"
+    assert data.tags == ["custom_code", "vlm-pruner"]
+    assert data.base_model is None
+    assert data.license is None
+    assert str(exported.parent) not in (exported / "README.md").read_text()
+
+
+def test_weights_are_the_same_file(family, exported):
+    assert os.stat(exported / SHARD).st_ino == os.stat(family.checkpoint / SHARD).st_ino
+
+
+def test_weights_are_copied_across_file_systems(tmp_path, lines, monkeypatch):
+    def refuse(*arguments):
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    repo = export_model(LLAVA, tmp_path / "out", report=lines.append)
+    assert (repo / SHARD).read_bytes() == (LLAVA / SHARD).read_bytes()
+    assert os.stat(repo / SHARD).st_ino != os.stat(LLAVA / SHARD).st_ino
+    assert any("copying" in line for line in lines)
+
+
+def test_shards_and_index(base, tmp_path, lines):
+    split_in_two(base)
+    repo = export_model(base, tmp_path / "out", report=lines.append)
+    for name in (INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert (repo / name).read_bytes() == (base / name).read_bytes()
+    assert [line for line in lines if line.startswith("[1/2]")] and [line for line in lines if line.startswith("[2/2]")]
+
+
+def test_files_of_the_repo(exported):
+    code = {path.name for path in exported.glob("*.py")}
+    assert {path.name for path in exported.iterdir()} - code == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {"configuration_vlmpruner.py", "processing.py", "token_pruning.py", "pruned_decoder.py"} <= code
+    assert not {"export.py", "demo.py"} & code
+    for name in code:
+        assert (exported / name).read_bytes() == (export.ROOT / name).read_bytes()
+
+
+def test_tokenizer_is_the_base_ones_whatever_class_its_files_name(base, tmp_path):
+    """The library overrides the tokenizer class in the files of `llava` models, because it is wrong in public checkpoints, but
+    it can not know that of our model type. Copied files gave another tokenizer, with other tokens and no error."""
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    exported_tokenizer = AutoTokenizer.from_pretrained(quietly(base, tmp_path / "out"), trust_remote_code=True)
+    text = "What is on the sign, a word or two words?  Answer\nnow."
+    assert type(exported_tokenizer) is type(tokenizer)
+    assert exported_tokenizer(text).input_ids == tokenizer(text).input_ids
+    assert "local_files_only" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+
+
+def key_of(flag: str) -> str:
+    return "pruning_" + flag.removeprefix("--").replace("-", "_")
+
+
+def test_every_key_is_a_flag(command, tmp_path):
+    flags = {
+        "--method": "none",
+        "--ratio": 0.5,
+        "--layer": 3,
+        "--num-pivots": 5,
+        "--num-channels": 32,
+        "--threshold": 0.7,
+        "--threshold-step": 0.2,
+        "--spatial-weight": 0.25,
+        "--token-batch": 8,
+        "--aggregation-weight": 1.0,
+    }
+    arguments = [argument for pair in flags.items() for argument in pair]
+    status, output, error = command(LLAVA, "--output", tmp_path / "out", *arguments, "--no-fill-budget")
+    assert (status, error) == (0, "")
+    assert "pruning is switched off" in output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pruning_fill_budget"] is False
+    for flag, value in flags.items():
+        assert config[key_of(flag)] == value
+    options = re.findall(r"(?<!\S)--[a-z-]+", export.argument_parser().format_help())
+    assert {field.name for field in export.pruning_fields()} <= {key_of(flag) for flag in options}
+
+
+def test_an_export_can_be_exported_again(tmp_path):
+    first = quietly(LLAVA, tmp_path / "first", pruning_ratio=0.5, pruning_layer=3)
+    card = (first / "README.md").read_text()
+    (first / "README.md").write_text(card.replace("library_name", "base_model: someone/base\nlicense: mit\nlibrary_name", 1))
+    second = quietly(first, tmp_path / "second", pruning_ratio=0.25)
+    config = json.loads((second / "config.json").read_text())
+    assert (config["model_type"], config["pruning_ratio"], config["pruning_layer"]) == ("vlmpruner_llava", 0.25, 3)
+    data = ModelCard.load(second / "README.md").data
+    assert (data.base_model, data.license) == ("someone/base", "mit")
+    assert type(AutoTokenizer.from_pretrained(second, trust_remote_code=True)) is type(AutoTokenizer.from_pretrained(LLAVA))
+
+
+def hub_cache(folder: Path, repo_id: str, files: Path) -> None:
+    """A cache in which `files` are the only commit of `repo_id`: blobs, and links to them."""
+    repo = folder / f"models--{repo_id.replace('/', '--')}"
+    commit = "0" * 40
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for path in files.iterdir():
+        shutil.copyfile(path, repo / "blobs" / path.name)
+        (repo / "snapshots" / commit / path.name).symlink_to(Path("../../blobs") / path.name)
+
+
+def test_base_from_the_hub(base, tmp_path, lines, monkeypatch):
+    card = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\ntags: [a]\n---\n# Base\n"
+    (base / "README.md").write_text(card)
+    hub_cache(tmp_path / "hub", "someone/base-model", base)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = export_model("someone/base-model", tmp_path / "out", report=lines.append)
+    assert not (repo / SHARD).is_symlink()
+    blob = tmp_path / "hub" / "models--someone--base-model" / "blobs" / SHARD
+    assert os.stat(repo / SHARD).st_ino == os.stat(blob).st_ino
+    data = ModelCard.load(repo / "README.md").data
+    assert data.base_model == "someone/base-model"
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama2", "LICENSE")
+
+
+def test_upload(tmp_path, lines, monkeypatch):
+    calls = []
+
+    class Address(str):
+        repo_id = "me/pruned"
+
+    def create_repo(repo_id, **kwargs):
+        calls.append((repo_id, kwargs))
+        return Address("address of me/pruned")
+
+    monkeypatch.setattr(export, "create_repo", create_repo)
+    monkeypatch.setattr(export, "upload_folder", lambda **kwargs: calls.append(kwargs))
+    repo = export_model(LLAVA, tmp_path / "out", push_to_hub="me/pruned", private=True, report=lines.append)
+    assert calls[0] == ("me/pruned", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/pruned"
+    assert calls[1]["folder_path"] == repo
+    assert 'model="me/pruned"' in snippets(repo)[0]
+
+
+def test_failed_upload_says_that_the_export_is_there(tmp_path, command, monkeypatch):
+    def refuse(*arguments, **kwargs):
+        raise OSError("401\nUnauthorized")
+
+    monkeypatch.setattr(export, "create_repo", refuse)
+    status, _, error = command(LLAVA, "--output", tmp_path / "out", "--push-to-hub", "me/pruned")
+    assert status == 2
+    assert (
+        error == f"export.py: error: {tmp_path / 'out'} is complete, but uploading it to me/pruned failed: 401 Unauthorized\n"
+    )
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_dry_run_prints_the_files_and_writes_nothing(command, tmp_path):
+    status, output, _ = command(LLAVA, "--output", tmp_path / "new" / "out", "--dry-run")
+    assert status == 0
+    assert list(tmp_path.iterdir()) == []
+    repo = quietly(LLAVA, tmp_path / "out")
+    for path in repo.iterdir():
+        assert re.search(rf"^  {re.escape(path.name)} +{re.escape(export.readable(path.stat().st_size))}$", output, re.M), path
+
+
+def damage_shard(base):
+    (base / SHARD).write_bytes((base / SHARD).read_bytes()[:-1000])
+
+
+def drop_weight(base):
+    tensors = load_file(base / SHARD)
+    del tensors["language_model.model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, base / SHARD, metadata={"format": "pt"})
+
+
+def drop_shard(base):
+    split_in_two(base)
+    (base / "model-00002-of-00002.safetensors").unlink()
+
+
+def leave_folder(base):
+    edit_json(base / "config.json")
+    split_in_two(base)
+    edit_json(base / INDEX, weight_map={"lm_head.weight": "../other.safetensors"})
+
+
+DAMAGES = {
+    "unknown family": (
+        lambda base: edit_json(base / "config.json", model_type="blip"),
+        r"base is a model of type 'blip'. Supported are llava",
+    ),
+    "no config": (lambda base: (base / "config.json").unlink(), r"base has no config\.json"),
+    "authors' layout": (
+        lambda base: (base / "config.json").write_text('{"model_type": "llava", "mm_vision_tower": "x"}'),
+        r"not in transformers' layout",
+    ),
+    "no safetensors": (lambda base: (base / SHARD).unlink(), r"base has no safetensors weights"),
+    "missing shard": (drop_shard, r"names 2 shards, but model-00002-of-00002\.safetensors is missing"),
+    "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is not in its folder"),
+    "damaged shard": (damage_shard, r"The weights of base do not load: "),
+    "missing weight": (drop_weight, r"The weights of base do not load: base lacks 1 of the weights"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_refuses_bad_bases(damage, base, tmp_path, command):
+    spoil, message = DAMAGES[damage]
+    spoil(base)
+    status, _, error = command(base, "--output", tmp_path / "out")
+    assert status == 2
+    assert re.fullmatch(rf"export\.py: error: .*{message}.*\n", error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", "1.5"], r"pruning_ratio must be .* got 1\.5"),
+        (["--layer", "4"], r"pruning_layer must be .* from 1 to 3"),
+        (["--num-pivots", "0"], r"num_pivots"),
+        (["--method", "magic"], r"pruning_method must be one of"),
+    ],
+)
+def test_refuses_bad_parameters(arguments, message, tmp_path, command):
+    status, _, error = command(LLAVA, "--output", tmp_path / "out", *arguments)
+    assert status == 2
+    assert re.fullmatch(rf"export\.py: error: .*{message}.*\n", error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_keys_that_do_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="Unknown pruning key pruning_speed"):
+        quietly(LLAVA, tmp_path / "out", pruning_speed=3)
+
+
+def test_refuses_a_base_that_is_nowhere(tmp_path, command):
+    status, _, error = command(tmp_path / "absent", "--output", tmp_path / "out")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "is neither a folder nor the id of a model on the Hub" in error
+
+
+def test_refuses_outputs_that_would_destroy_something(base, tmp_path):
+    with pytest.raises(ValueError, match="would overwrite the base"):
+        quietly(base, base, force=True)
+    with pytest.raises(ValueError, match="would overwrite the base"):
+        quietly(base, tmp_path, force=True)
+    with pytest.raises(ValueError, match="would overwrite the code"):
+        quietly(base, export.ROOT, force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        quietly(base, tmp_path / "file", force=True)
+    assert (base / "config.json").is_file()
+
+
+def test_replaces_only_earlier_exports_and_only_when_told(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    quietly(LLAVA, output)  # an empty folder is no obstacle
+    with pytest.raises(ValueError, match="is not empty"):
+        quietly(LLAVA, output, pruning_ratio=0.5)
+    quietly(LLAVA, output, pruning_ratio=0.5, force=True)
+    assert json.loads((output / "config.json").read_text())["pruning_ratio"] == 0.5
+    (output / "results").mkdir()
+    with pytest.raises(ValueError, match="something else than an export"):
+        quietly(LLAVA, output, force=True)
+    (output / "results").rmdir()
+    edit_json(output / "config.json", model_type="llava")
+    with pytest.raises(ValueError, match="something else than an export"):
+        quietly(LLAVA, output, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+STEPS = ["write_small_files", "place_shards", "check_loads", "move_into_place"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("step", STEPS)
+def test_failure_leaves_nothing_half_done(step, error, base, tmp_path, monkeypatch):
+    original = getattr(export, step)
+
+    def fail_after(*arguments):
+        if step != "move_into_place":
+            original(*arguments)
+        raise error("in the middle")
+
+    monkeypatch.setattr(export, step, fail_after)
+    with pytest.raises(error):
+        quietly(base, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert os.stat(base / SHARD).st_nlink == 1
+
+
+def test_failure_while_replacing_keeps_the_earlier_export(tmp_path, monkeypatch):
+    output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
+    rename = Path.rename
+
+    def fail_to_publish(path, target):
+        if Path(target) == output and path.name == "out":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_publish)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(LLAVA, output, force=True)
+    assert json.loads((output / "config.json").read_text())["pruning_ratio"] == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_clean_up(number, status, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(export, "check_loads", lambda *arguments: os.kill(os.getpid(), number))
+    try:
+        assert command(LLAVA, "--output", tmp_path / "out")[0] == status
+    except SystemExit as stop:
+        assert stop.code == status
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_as_a_script_from_anywhere(python, tmp_path):
+    output = python(export.ROOT / "export.py", LLAVA, "--output", "out", "--dry-run", cwd=tmp_path)
+    assert "config.json" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processor_of_the_repo_equals_the_base_ones(family, exported):
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+    base_processor = AutoProcessor.from_pretrained(family.checkpoint)
+    text = f"{processor.image_token} What is this?"
+    inputs, base_inputs = (each(picture(1), text, return_tensors="pt") for each in (processor, base_processor))
+    assert inputs.keys() == base_inputs.keys()
+    for name in inputs:
+        assert inputs[name].equal(base_inputs[name])
+    assert processor.chat_template == base_processor.chat_template
