@@ -2,7 +2,7 @@
 
 The repo holds the base's weights untouched (hard links where the file system allows, so they take no space), its config with
 the `pruning_*` keys and an `auto_map` to our code, the Python files that this code needs, processor, tokenizer,
-generation config and a model card. It is written next to DIR and renamed at the end, so DIR is either a whole repo or not there.
+generation config and a model card. It is written next to DIR and renamed at the end, so DIR is a whole repo or not there.
 
 Notable choices:
 - The base's code is never run. Our own is loaded the way a user of the repo loads it, by transformers' loader of custom code.
