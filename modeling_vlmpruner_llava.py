@@ -10,7 +10,7 @@ Class tokens and newlines are structure: never candidates, always kept. Everythi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from math import ceil
 
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
-from .pruned_decoder import GridView, rows_of_images, video_views
+from .pruned_decoder import GridView, video_views
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
     PrunedModelMixin,
@@ -215,45 +215,20 @@ class VLMPrunerLlavaOnevisionModel(AnyResolutionMixin, LlavaOnevisionModel):
 
 
 class LlavaGenerationMixin(PrunedForConditionalGenerationMixin):
-    """Put in front of a stock generating LLaVA model. Also repeats images and videos by rows for beams and samples.
+    """Put in front of a stock generating LLaVA model. Also repeats pixels by rows for beams and samples.
 
-    transformers 5.17 and 5.18 repeat each image on its own: of a row with images A and B, one beam gets A, A, the next B, B.
+    transformers 5.17 gives pixels to the model, and repeats each image on its own: of a row with images A and B, one beam gets
+    A, A, the next B, B.
     """
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ):
-        visuals = {} if expand_size == 1 else self._repeat_visuals(expand_size, input_ids, model_kwargs)
-        others = {name: value for name, value in model_kwargs.items() if name not in visuals}
-        input_ids, others = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
-        )
-        return input_ids, others | visuals
-
-    def _repeat_visuals(self, repeats: int, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
-        """The images and videos among `inputs`, encoded or as pixels, `repeats` times: [A, B] of a row becomes [A, B, A, B].
-
-        Only the encoder tells how many tokens an image has, so pixels (transformers 5.17) are encoded once for that.
-        """
-        encoded = self.model._encode(dict(inputs))
-        given = dict(inputs.get("mm_encoder_outputs") or {})
-        visuals = {}
-        for modality, outputs in encoded.items():
-            placeholders = self._placeholders_of_rows(modality, input_ids, inputs.get("inputs_embeds"))
-            rows = rows_of_images(placeholders, [len(features) for features in outputs.pooler_output], modality)
-            images_of_rows = [[image for image, of in enumerate(rows) if of == row] for row in range(len(placeholders))]
-            order = [image for images in images_of_rows for image in images * repeats]
-            if given.get(modality) is None:
-                visuals |= self._repeat_pixels(modality, inputs, len(rows), order)
-            else:
-                pooled = outputs.pooler_output
-                pooled = pooled[order] if isinstance(pooled, torch.Tensor) else [pooled[image] for image in order]
-                given[modality] = replace(outputs, pooler_output=pooled)
-        return visuals | ({"mm_encoder_outputs": given} if given else {})
+    def repeat_visuals(self, repeats: int, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
+        """Also of pixels. Only the encoder tells how many tokens an image has, so they are encoded once for that."""
+        visuals = super().repeat_visuals(repeats, input_ids, inputs)
+        pixels = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs"}
+        for modality, outputs in self.model._encode(pixels).items():
+            order = self.repeated_order(modality, outputs.pooler_output, repeats, input_ids, inputs)
+            visuals |= self._repeat_pixels(modality, inputs, len(outputs.pooler_output), order)
+        return visuals
 
     def _repeat_pixels(self, modality: str, inputs: dict, num_images: int, order: list[int]) -> dict:
         pixels, others = self.model.encoder_inputs[modality]
@@ -267,12 +242,6 @@ class LlavaGenerationMixin(PrunedForConditionalGenerationMixin):
         return {
             name: value[order] for name, value in values.items() if isinstance(value, torch.Tensor) and len(value) == num_images
         }
-
-    def _placeholders_of_rows(self, modality: str, input_ids, inputs_embeds) -> list[int]:
-        token = torch.tensor(getattr(self.config, f"{modality}_token_id"), device=self.device)
-        if input_ids is not None and input_ids.numel() > 0:
-            return (input_ids == token).sum(1).tolist()
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1).sum(1).tolist()
 
 
 class VLMPrunerLlavaForConditionalGeneration(LlavaGenerationMixin, LlavaForConditionalGeneration):

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
@@ -15,7 +15,16 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import check_ratio
 from .pruned_cache import PruningRecord, continued_padding_mask, pruning_state
-from .pruned_decoder import PRUNED_MASK, GridView, PruningPlan, VisualTokens, check_mask, make_plan, prune_decoder
+from .pruned_decoder import (
+    PRUNED_MASK,
+    GridView,
+    PruningPlan,
+    VisualTokens,
+    check_mask,
+    make_plan,
+    prune_decoder,
+    rows_of_images,
+)
 
 
 STOCK_MASK = "stock_attention"
@@ -138,7 +147,7 @@ class PrunedModelMixin:
         """Whether images or videos come with a call, as pixels or encoded."""
         encoded = inputs.get("mm_encoder_outputs") or {}
         return any(
-            inputs.get(pixels) is not None or encoded.get(modality) is not None
+            _holds_pixels(inputs.get(pixels)) or encoded.get(modality) is not None
             for modality, (pixels, _) in self.encoder_inputs.items()
         )
 
@@ -155,7 +164,7 @@ class PrunedModelMixin:
         for modality, (pixels, others) in self.encoder_inputs.items():
             if given.get(modality) is not None:
                 outputs[modality] = given[modality]
-            elif arguments.get(pixels) is not None:
+            elif _holds_pixels(arguments.get(pixels)):
                 others = {name: arguments[name] for name in others if name in arguments}
                 outputs[modality] = getattr(self, f"get_{modality}_features")(arguments[pixels], **others, return_dict=True)
         return outputs
@@ -241,6 +250,48 @@ class PrunedForConditionalGenerationMixin:
             )
         return super().generate(*args, **kwargs)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ):
+        """The stock method, but images and videos are repeated by rows: versions up to 5.18 pair them with the wrong beams."""
+        visuals = {} if expand_size == 1 else self.repeat_visuals(expand_size, input_ids, model_kwargs)
+        others = {name: value for name, value in model_kwargs.items() if name not in visuals}
+        input_ids, others = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
+        )
+        return input_ids, others | visuals
+
+    def repeat_visuals(self, repeats: int, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
+        """The encoded images and videos among `inputs`, `repeats` times: [A, B] of a row becomes [A, B, A, B]."""
+        encoded = inputs.get("mm_encoder_outputs")
+        if not encoded:
+            return {}
+        repeated = {}
+        for modality, outputs in encoded.items():
+            pooled, deepstack = outputs.pooler_output, outputs.get("deepstack_features")
+            order = self.repeated_order(modality, pooled, repeats, input_ids, inputs)
+            changes = {"pooler_output": _reorder(pooled, order)}
+            if deepstack is not None:
+                changes["deepstack_features"] = [_reorder(layer, order) for layer in deepstack]
+            repeated[modality] = replace(outputs, **changes)
+        return {"mm_encoder_outputs": repeated}
+
+    def repeated_order(self, modality: str, features, repeats: int, input_ids, inputs: dict) -> list[int]:
+        """Which image or video stands at each place when rows are repeated one after another."""
+        token = torch.tensor(getattr(self.config, f"{modality}_token_id"), device=self.device)
+        if input_ids is not None and input_ids.numel() > 0:
+            is_placeholder = input_ids == token
+        else:
+            is_placeholder = (inputs["inputs_embeds"] == self.get_input_embeddings()(token)).all(-1)
+        placeholders = is_placeholder.sum(1).tolist()
+        rows = rows_of_images(placeholders, [len(image) for image in features], modality)
+        images_of_rows = [[image for image, of in enumerate(rows) if of == row] for row in range(len(placeholders))]
+        return [image for images in images_of_rows for image in images * repeats]
+
     def get_pruning_record(self, outputs) -> PruningRecord | None:
         """What was kept, or None if nothing was pruned.
 
@@ -281,6 +332,14 @@ def _with_record(output_class: type) -> type:
     """The stock output class with one field more: `pruning_record` (`PruningRecord`, *optional*)."""
     fields = {"__annotations__": {"pruning_record": PruningRecord | None}, "pruning_record": None, "__module__": __name__}
     return dataclass(type(f"Pruned{output_class.__name__}", (output_class,), fields))
+
+
+def _holds_pixels(pixels) -> bool:
+    return pixels is not None and len(pixels) > 0
+
+
+def _reorder(features, order: list[int]):
+    return features[order] if isinstance(features, torch.Tensor) else [features[image] for image in order]
 
 
 def _output_class(stock_class: type) -> type:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, DynamicCache
+
+from vlmpruner.token_pruning import num_tokens_to_keep, select_tokens
 
 
 DATA = Path(__file__).parent / "data"
@@ -178,3 +180,29 @@ def make_inputs(family: Family, rows: list[tuple[list, str]], padding_side: str 
     texts = [prompt(processor, len(images), text) for images, text in rows]
     images = [image for row, _ in rows for image in row]
     return processor(images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=padding_side)
+
+
+def clip(seed: int, num_frames: int, width: int = 160, height: int = 120) -> np.ndarray:
+    """A video array in which one picture fades into another. [num_frames, height, width, 3] uint8"""
+    first, last = (np.asarray(picture(seed + offset, width, height), dtype=np.float64) for offset in (0, 1))
+    return np.stack([first + (last - first) * weight for weight in np.linspace(0, 1, num_frames)]).astype(np.uint8)
+
+
+def states_before_pruning(family, inputs):
+    """The input of decoder layer 2 and the keys of layer 1, of a request of one row. [length, hidden], [heads, length, dim]"""
+    model, cache, captured = load_stock(family), DynamicCache(), {}
+    layer = model.model.language_model.layers[2]
+    hook = layer.register_forward_pre_hook(lambda module, args: captured.update(states=args[0]))
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    hook.remove()
+    return captured["states"][0], cache.layers[1].keys[0]
+
+
+def assert_selected_alone(family, inputs, record):
+    """Each grid of a record was selected as from its own hidden states and keys alone."""
+    states, keys = states_before_pruning(family, inputs)
+    for entry in record:
+        num_keep = num_tokens_to_keep(entry.num_visual, 0.889)
+        alone = select_tokens(states[entry.positions], keys[:, entry.positions], entry.grid, num_keep)
+        assert torch.equal(alone.order, entry.order)

@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, load_processor, load_pruned, load_stock, picture
+from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, load_stock, picture
 from PIL import Image
-from transformers import DynamicCache
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from vlmpruner.processing import GAP, LEGEND_HEIGHT
 from vlmpruner.pruned_cache import PrunedImage, PruningRecord
-from vlmpruner.token_pruning import num_tokens_to_keep, select_tokens
+from vlmpruner.token_pruning import num_tokens_to_keep
 
 
 ONEVISION = FAMILIES["llava_onevision"]
@@ -34,12 +33,6 @@ def family(request):
 def record_of(family, inputs):
     with torch.no_grad():
         return load_pruned(family)(**inputs).pruning_record
-
-
-def clip(seed: int, num_frames: int, width: int = 160, height: int = 120) -> np.ndarray:
-    """A video array in which one picture fades into another. [num_frames, height, width, 3] uint8"""
-    first, last = (np.asarray(picture(seed + offset, width, height), dtype=np.float64) for offset in (0, 1))
-    return np.stack([first + (last - first) * weight for weight in np.linspace(0, 1, num_frames)]).astype(np.uint8)
 
 
 def media_inputs(family, *rows):
@@ -182,23 +175,6 @@ def test_onevision_sees_several_images_of_a_row_in_a_base_view_each():
 
 
 # Videos
-
-
-def states_before_pruning(family, inputs):
-    """The input of decoder layer 2 and the keys of layer 1, of a request of one row. [length, hidden], [heads, length, dim]"""
-    cache = DynamicCache()
-    with torch.no_grad():
-        states = load_stock(family)(**inputs, past_key_values=cache, output_hidden_states=True).hidden_states[2]
-    return states[0], cache.layers[1].keys[0]
-
-
-def assert_selected_alone(family, inputs, record):
-    """Each grid of a record was selected as from its own hidden states and keys alone."""
-    states, keys = states_before_pruning(family, inputs)
-    for entry in record:
-        num_keep = num_tokens_to_keep(entry.num_visual, RATIO)
-        alone = select_tokens(states[entry.positions], keys[:, entry.positions], entry.grid, num_keep)
-        assert torch.equal(alone.order, entry.order)
 
 
 def test_slices_of_a_video_are_pruned_as_images():

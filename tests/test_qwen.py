@@ -2,28 +2,18 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
-from transformers import DynamicCache
-
-from vlmpruner.token_pruning import select_tokens
+from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, make_inputs, picture
 
 
+CLIP = clip(11, 8, 140, 112)
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def family(request):
     return FAMILIES[request.param]
-
-
-def clip(num_frames: int, height: int = 112, width: int = 140) -> np.ndarray:
-    """A video array: a picture whose noise changes from frame to frame."""
-    first, second = (np.array(picture(seed, width, height), dtype=np.float32) for seed in (11, 12))
-    weights = np.linspace(0, 1, num_frames)[:, None, None, None]
-    return (first * (1 - weights) + second * weights).astype(np.uint8)
 
 
 def video_inputs(family, content, **media):
@@ -33,37 +23,22 @@ def video_inputs(family, content, **media):
     return processor(text=[text], return_tensors="pt", do_sample_frames=False, **media)
 
 
-def states_before(model, inputs, layer=2):
-    """The input of a decoder layer and the keys of the layer before it, in an unpruned forward."""
-    captured = {}
-    module = model.model.language_model.layers[layer]
-    hook = module.register_forward_pre_hook(lambda module, args: captured.update(hidden=args[0]))
-    cache = DynamicCache(config=model.config.get_text_config())
-    with torch.no_grad():
-        model(**inputs, past_key_values=cache)
-    hook.remove()
-    return captured["hidden"][0], cache.layers[layer - 1].keys[0]
-
-
 def test_each_slice_of_a_video_is_pruned_as_an_image(family):
-    inputs = video_inputs(family, ["video"], videos=[clip(8)])
+    inputs = video_inputs(family, ["video"], videos=[CLIP])
     frames, height, width = (inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
     with torch.no_grad():
         record = load_pruned(family)(**inputs).pruning_record
-    hidden, keys = states_before(load_stock(family), inputs)
     assert [(image.modality, image.image, image.view, image.grid) for image in record] == [
         ("video", 0, frame, (height, width)) for frame in range(frames)
     ]
     is_video = inputs["input_ids"][0] == load_pruned(family).config.video_token_id
     assert torch.equal(torch.cat([image.positions for image in record]), is_video.nonzero()[:, 0])
-    for image in record:
-        alone = select_tokens(hidden[image.positions], keys[:, image.positions], image.grid, image.num_kept)
-        assert torch.equal(alone.order, image.order)
+    assert_selected_alone(family, inputs, record)
     assert record.num_kept == frames * round(height * width * (1 - 0.889))
 
 
 def test_a_video_can_share_one_budget(family):
-    inputs = video_inputs(family, ["video"], videos=[clip(8)])
+    inputs = video_inputs(family, ["video"], videos=[CLIP])
     model = copy.deepcopy(load_pruned(family))
     model.config.pruning_video_scope = "video"
     with torch.no_grad():
@@ -71,9 +46,7 @@ def test_a_video_can_share_one_budget(family):
     frames, height, width = (inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
     assert video.grid == (frames, height, width)
     assert video.num_kept == round(frames * height * width * (1 - 0.889))
-    hidden, keys = states_before(load_stock(family), inputs)
-    alone = select_tokens(hidden[video.positions], keys[:, video.positions], video.grid, video.num_kept)
-    assert torch.equal(alone.order, video.order)
+    assert_selected_alone(family, inputs, [video])
     model.config.pruning_video_scope = "frames"
     with pytest.raises(ValueError, match=r"pruning_video_scope must be one of .*'frames'"):
         model(**inputs)
@@ -81,7 +54,7 @@ def test_a_video_can_share_one_budget(family):
 
 @pytest.mark.parametrize("content", [["image", "video"], ["video", "image"]], ids="-".join)
 def test_images_and_videos_in_one_prompt(family, content):
-    inputs = video_inputs(family, content, images=[picture(1)], videos=[clip(4)])
+    inputs = video_inputs(family, content, images=[picture(1)], videos=[CLIP[:4]])
     model = load_pruned(family)
     cached = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     uncached = model.generate(
@@ -92,10 +65,7 @@ def test_images_and_videos_in_one_prompt(family, content):
     assert {image.modality for image in record} == {"image", "video"}
     grids = [inputs["image_grid_thw"], inputs["video_grid_thw"]]
     assert record.num_visual == sum(int(grid.prod()) // 4 for grid in grids)
-    hidden, keys = states_before(load_stock(family), inputs)
-    for image in record:
-        alone = select_tokens(hidden[image.positions], keys[:, image.positions], image.grid, image.num_kept)
-        assert torch.equal(alone.order, image.order)
+    assert_selected_alone(family, inputs, record)
 
 
 def test_generate_on_a_later_turn_places_a_new_image_by_mrope(family):
