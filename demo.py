@@ -180,7 +180,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("demo.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

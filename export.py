@@ -156,6 +156,8 @@ def export_model(
         ValueError: for a base that can not be pruned, parameters out of range, or an output that may not be written. Nothing
             is written then.
     """
+    if push_to_hub:
+        validate_repo_id(push_to_hub)
     report(f"reading {base}")
     checkpoint = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
@@ -454,13 +456,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that it cleans up
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    arguments = vars(argument_parser().parse_args())
     try:
-        export_model(**arguments)
+        export_model(**vars(argument_parser().parse_args()))
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

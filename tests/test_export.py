@@ -390,6 +390,21 @@ def test_refuses_keys_that_do_not_exist(tmp_path):
         quietly(LLAVA, tmp_path / "out", pruning_speed=3)
 
 
+def test_refuses_a_bad_name_for_the_hub_before_it_writes(tmp_path):
+    with pytest.raises(ValueError, match="Repo id must"):
+        quietly(LLAVA, tmp_path / "out", push_to_hub="me/my/model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_transformers_is_one_line(tmp_path, command, monkeypatch):
+    def refuse(name):
+        raise ImportError("This model's code needs\nanother transformers.")
+
+    monkeypatch.setattr(export, "own", refuse)
+    status, _, error = command(LLAVA, "--output", tmp_path / "out")
+    assert (status, error) == (2, "export.py: error: This model's code needs another transformers.\n")
+
+
 def test_refuses_a_base_that_is_nowhere(tmp_path, command):
     status, _, error = command(tmp_path / "absent", "--output", tmp_path / "out")
     assert (status, error.count("\n")) == (2, 1)

@@ -1,6 +1,8 @@
 """What is LLaVA's own: views of any resolution with newlines, frames of videos, images that stay with their row for beams."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,6 +187,34 @@ def test_slices_of_a_video_are_pruned_as_images():
     columns = (inputs["input_ids"][0] == load_pruned(ONEVISION).config.video_token_id).nonzero()[:, 0]
     assert torch.equal(torch.cat([entry.positions for entry in record]), columns[:-1])  # the last one is the newline
     assert_selected_alone(ONEVISION, inputs, record)
+
+
+LONG_VIDEO = """
+import resource, sys
+import torch
+from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaOnevisionForConditionalGeneration as Model
+
+model = Model.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+size, placeholder = model.config.vision_config.image_size, model.config.video_token_id
+ids = torch.tensor([[10, *[placeholder] * (64 * 196 + 1), 11]])
+video = torch.randn(1, 64, 3, size, size)
+for ratio in (0.0, 0.889):
+    with torch.no_grad():
+        record = model(ids, pixel_values_videos=video, logits_to_keep=1, pruning_ratio=ratio).pruning_record
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(record), record.num_visual, record.num_kept)
+"""
+
+
+def test_a_long_video_needs_no_square_of_its_length():
+    """64 frames of 196 tokens, as in LLaVA-Video: what pruning adds to the peak of the unpruned forward, in MiB.
+
+    One 12,544 x 12,544 matrix of float32 alone would be 600.
+    """
+    command = [sys.executable, "-c", LONG_VIDEO, str(ONEVISION.checkpoint)]
+    unpruned, pruned, counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert counts == f"64 12544 {64 * 22}"
+    assert int(pruned) - int(unpruned) < 200
 
 
 def test_a_video_under_one_budget():
