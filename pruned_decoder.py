@@ -220,6 +220,7 @@ class PruningPlan:
     selections: list[Selection] | None = field(default=None, init=False)
     packing: Packing | None = field(default=None, init=False)
     layer_inputs: dict | None = field(default=None, init=False)
+    layer_device: torch.device | None = field(default=None, init=False)
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
@@ -228,7 +229,10 @@ class PruningPlan:
         if layer_idx == self.layer:
             hidden_states = self._enter(hidden_states, inputs)
         if layer_idx >= self.layer:
-            inputs = inputs | _on_device(self.layer_inputs, hidden_states.device)
+            if self.layer_device != hidden_states.device:
+                self.layer_inputs = _on_device(self.layer_inputs, hidden_states.device)
+                self.layer_device = hidden_states.device
+            inputs = inputs | self.layer_inputs
         return hidden_states, inputs
 
     def unpack_outputs(self, outputs) -> None:
@@ -268,7 +272,7 @@ class PruningPlan:
         return hidden_states
 
     def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        cache = inputs.get("past_key_values")
+        cache, self.layer_device = inputs.get("past_key_values"), hidden_states.device
         if not self.grids:
             self.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
             return hidden_states
