@@ -160,7 +160,7 @@ def test_eager_and_sdpa_agree(family, rows):
 def test_flex_attention_agrees_in_a_ragged_prefill(family, rows):
     """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile)."""
     if not family.stock_class._supports_flex_attn:
-        with pytest.raises(ValueError, match="does not support .*flex_attention"):
+        with pytest.raises(ValueError, match=r"does not support .*flex_attention"):
             load_pruned(family, attn="flex_attention")
         return
     inputs = make_inputs(family, rows)
