@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import DATA, FAMILIES
-from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, PixtralVisionConfig, Qwen2Config
 
 from vlmpruner import configuration_vlmpruner
 from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, VLMPrunerLlavaConfig
@@ -154,3 +154,28 @@ def test_the_supported_range_is_stated_the_same_everywhere():
     assert f"transformers{stated}" in dependencies
     assert f"transformers{stated}" in (ROOT / "README.md").read_text()
     assert f"transformers=={configuration_vlmpruner.OLDEST_TRANSFORMERS}.*" in (ROOT / "Makefile").read_text()
+
+
+def test_a_tower_of_any_picture_size_is_pruned_on_its_own_grids():
+    """LLaVA with a Pixtral tower: each picture has its own grid, and a text token ends each of its rows."""
+    torch.manual_seed(0)
+    vision_config = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=128, patch_size=16
+    )
+    model = VLMPrunerLlavaForConditionalGeneration(
+        VLMPrunerLlavaConfig(
+            text_config=LlamaConfig(**SMALL, num_hidden_layers=4),
+            vision_config=vision_config,
+            image_token_index=4,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    ).eval()
+    sizes = [(96, 128), (64, 48)]
+    rows = [token for height, width in sizes for _ in range(height // 16) for token in [4] * (width // 16) + [9]]
+    ids = torch.tensor([[5, *rows, 6]])
+    inputs = {"pixel_values": torch.randn(2, 3, 96, 128), "image_sizes": torch.tensor(sizes)}
+    with torch.no_grad():
+        record = model(ids, **inputs).pruning_record
+    assert [(image.grid, image.num_kept) for image in record] == [((6, 8), 5), ((4, 3), 1)]
+    assert torch.equal(torch.cat([image.positions for image in record]), (ids[0] == 4).nonzero()[:, 0])
