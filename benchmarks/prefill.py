@@ -5,7 +5,9 @@
 Prints the theory first, then medians after one run that does not count, then one JSON line. Image features are random and given
 as already encoded, so that the vision tower is not part of the time; the same code runs with the ratio 0, which is the stock
 model. The ideal ratio counts the decoder's multiplications as the paper does and nothing else; below some 150 tokens a GPU is
-bound by reading the weights, and can not reach it. Needs `pip install -e .` and a transformers that takes encoded images (5.18 on).
+bound by reading the weights, and can not reach it.
+
+Needs `pip install -e .`, and transformers 5.18 or later, where the stock model takes encoded images.
 """
 
 import argparse
