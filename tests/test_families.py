@@ -307,6 +307,34 @@ def extra_inputs(inputs):
     return {name: inputs[name] for name in ("mm_token_type_ids",) if name in inputs}
 
 
+@pytest.mark.parametrize("change", ["select", "reorder", "repeat"])
+def test_rows_of_a_cache_take_their_state_along(family, rows, change):
+    model = load_pruned(family)
+    inputs = make_inputs(family, rows)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+
+    def step(cache, order):
+        places = {} if "mm_token_type_ids" in inputs else {"position_ids": mask[order].sum(1, keepdim=True) - 1}
+        tokens = torch.full((len(order), 1), 9)
+        return model(input_ids=tokens, attention_mask=mask[order], past_key_values=cache, **places).logits
+
+    with torch.no_grad():
+        cache = model(**inputs, **positions(inputs, inputs["attention_mask"]), use_cache=True).past_key_values
+        expected, record = step(copy.deepcopy(cache), [0, 1, 2]), cache.pruning_record
+        if change == "select":
+            order = [2, 0]
+            cache.batch_select_indices(torch.tensor(order))
+        elif change == "reorder":
+            order = [1, 2, 0]
+            cache.reorder_cache(torch.tensor(order))
+        else:
+            order = [0, 0, 1, 1, 2, 2]
+            cache.batch_repeat_interleave(2)
+        torch.testing.assert_close(step(cache, order), expected[order], **CLOSE)
+    moved = [[image.kept.tolist() for image in cache.pruning_record if image.row == row] for row in range(len(order))]
+    assert moved == [[image.kept.tolist() for image in record if image.row == row] for row in order]
+
+
 # Decoding modes
 
 
