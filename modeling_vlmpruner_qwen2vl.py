@@ -121,13 +121,12 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         return positions + _position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
 
     def note_positions(self, past_key_values, position_ids, attention_mask) -> None:
-        """Leave the positions of a call with images with its cache."""
-        if past_key_values is None or position_ids is None or position_ids.ndim != 3:
+        """Leave the positions of a call with its cache."""
+        if past_key_values is None or (position_ids is not None and position_ids.ndim != 3):
             return
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             attention_mask = None
-        past_length = past_key_values.get_seq_length() - position_ids.shape[-1]
-        _position_notes(past_key_values).note(position_ids, attention_mask, int(past_length))
+        _position_notes(past_key_values).note(position_ids, attention_mask, int(past_key_values.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):

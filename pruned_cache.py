@@ -239,10 +239,16 @@ class PositionNotes:
         self._known: torch.LongTensor | None = None  # [batch, length], the position after each token
         self._noted: tuple | None = None
 
-    def note(self, position_ids: torch.LongTensor, attention_mask: torch.Tensor | None, past_length: int) -> None:
-        """Add a call's [3 or 4, batch, length] positions; `attention_mask` is the 2-D one of the whole sequence, or None."""
+    def note(self, position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int) -> None:
+        """Add the positions of a call.
+
+        Args:
+            position_ids: [3 or 4, batch, length of the call]; None for a first call whose decoder counted tokens and padding.
+            attention_mask: the 2-D one of the whole sequence, or None.
+            length: of the whole sequence after the call.
+        """
         self._fold()
-        self._noted = (position_ids, attention_mask, past_length)
+        self._noted = (position_ids, attention_mask, length)
 
     def after(self, length: int, attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.LongTensor:
         """The position that follows each of the first `length` tokens. [batch, length]"""
@@ -271,11 +277,14 @@ class PositionNotes:
     def _fold(self) -> None:
         if self._noted is None:
             return
-        (position_ids, attention_mask, past_length), self._noted = self._noted, None
+        (position_ids, attention_mask, length), self._noted = self._noted, None
+        if position_ids is None:
+            self._known = torch.arange(1, length + 1)[None]
+            return
         reached = position_ids[-3:].amax(0)
-        batch, length = reached.shape
+        batch, past_length = reached.shape[0], length - reached.shape[1]
         if attention_mask is not None:
-            reached = reached.masked_fill(attention_mask[:, past_length : past_length + length].to(reached.device) == 0, -1)
+            reached = reached.masked_fill(attention_mask[:, past_length:length].to(reached.device) == 0, -1)
         past = self.after(past_length, attention_mask, batch, reached.device)
         self._known = torch.cat([past, reached.cummax(dim=1).values + 1], dim=1)
 

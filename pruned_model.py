@@ -114,7 +114,7 @@ class PrunedModelMixin:
                 **stock_inputs,
                 **kwargs,
             )
-            if has_visuals:
+            if has_visuals or position_ids is None:
                 self.note_positions(outputs.past_key_values, position_ids, attention_mask)
             return outputs
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,7 +208,7 @@ class PrunedModelMixin:
         return position_ids
 
     def note_positions(self, past_key_values: Cache | None, position_ids, attention_mask) -> None:
-        """Called after images or videos, for a family whose later positions depend on them."""
+        """Called after images or videos, and where the decoder made the positions, for a family whose later ones need them."""
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""

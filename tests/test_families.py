@@ -477,6 +477,35 @@ def test_later_turns_of_a_padded_batch_equal_single_rows(family):
             torch.testing.assert_close(batch_step.logits[row], single_step.logits[0], **CLOSE)
 
 
+def test_padding_of_every_turn_stays_masked(family):
+    """Text before the first image, images, and text after them, with padding in every turn: each row equals the row alone."""
+    model = load_pruned(family)
+    turns = [
+        [([], "Hello there, I will show you something in a moment."), ([], "Hi.")],
+        [([picture(1)], "What?"), ([picture(2), picture(3)], "What is in these pictures, then?")],
+        [([], "Tell me a good deal more about it, please."), ([], "Why?")],
+    ]
+
+    def play(turns):
+        cache, mask = DynamicCache(config=model.config.get_text_config()), torch.zeros(len(turns[0]), 0, dtype=torch.long)
+        for turn in turns:
+            inputs = make_inputs(family, turn)
+            mask = torch.cat([mask, inputs["attention_mask"]], dim=1)
+            places = positions(inputs, mask)
+            if cache.get_seq_length() == 0:  # text alone: as `generate` would, for M-RoPE as well
+                places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            model(**{**inputs, "attention_mask": mask, **places}, past_key_values=cache)
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+        places = {} if "mm_token_type_ids" in inputs else {"position_ids": mask.sum(1, keepdim=True) - 1}
+        step = torch.full((len(mask), 1), 9)
+        return model(input_ids=step, attention_mask=mask, past_key_values=cache, **places).logits
+
+    with torch.no_grad():
+        batch = play(turns)
+        for row in range(2):
+            torch.testing.assert_close(batch[row], play([[turn[row]] for turn in turns])[0], **CLOSE)
+
+
 def test_crop_back_into_generated_text_and_over_an_image(family):
     model = load_pruned(family)
     first, second = chat_turn(family, [picture(1)], "What is it?"), chat_turn(family, [picture(2)], "And now?")

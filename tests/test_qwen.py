@@ -95,6 +95,22 @@ def test_generate_on_a_later_turn_places_a_new_image_by_mrope(family):
     torch.testing.assert_close(outputs.logits[0], whole.logits[:, -1], **CLOSE)
 
 
+def test_an_image_after_a_turn_of_text_follows_its_positions(family):
+    """Also where the decoder made those of the text itself, which then count padding."""
+    model = load_pruned(family)
+    text, image = make_inputs(family, [([], "Hello."), ([], "Hello there, this is longer.")]), [([picture(1)], "What?")] * 2
+    second = make_inputs(family, image)
+    mask = torch.cat([text["attention_mask"], second["attention_mask"]], dim=1)
+    with torch.no_grad():
+        cache = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], use_cache=True).past_key_values
+        length = cache.get_seq_length()
+        types = second["mm_token_type_ids"]
+        grids = {"image_grid_thw": second["image_grid_thw"]}
+        found = model.model.mrope_position_ids(second["input_ids"], types, mask, cache, grids)
+        alone = model.model.mrope_position_ids(second["input_ids"], types, second["attention_mask"], None, grids)
+    assert torch.equal(found, alone + length)
+
+
 def test_positions_of_a_request_do_not_depend_on_another(family):
     """The stock model keeps the offset of M-RoPE on the module; a larger picture in between must not move later tokens."""
     model = load_pruned(family)
