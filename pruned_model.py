@@ -152,7 +152,11 @@ class PrunedModelMixin:
         )
 
     def _encode(self, inputs: dict) -> dict:
-        """The encoder's outputs by modality. Takes what it uses out of `inputs`."""
+        """The encoder's outputs by modality. Takes what it uses out of `inputs`.
+
+        Raises:
+            ValueError: if a modality comes both as pixels and encoded.
+        """
         given = inputs.pop("mm_encoder_outputs", None) or {}
         arguments = {
             name: inputs.pop(name)
@@ -162,6 +166,8 @@ class PrunedModelMixin:
         }
         outputs = {}
         for modality, (pixels, others) in self.encoder_inputs.items():
+            if given.get(modality) is not None and _holds_pixels(arguments.get(pixels)):
+                raise ValueError(f"Got both {pixels} and mm_encoder_outputs[{modality!r}]; pass one of them.")
             if given.get(modality) is not None:
                 outputs[modality] = given[modality]
             elif _holds_pixels(arguments.get(pixels)):

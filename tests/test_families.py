@@ -722,6 +722,8 @@ def test_wrong_input_is_named(family, one_image):
     mask = torch.ones(1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"2-D attention_mask.*\(1, 1, 8, 8\)"):
         model(**(one_image | {"attention_mask": mask}))
+    with pytest.raises(ValueError, match=r"both pixel_values and mm_encoder_outputs\['image'\]"):
+        model.model(**one_image, mm_encoder_outputs={"image": object()})
     fewer = one_image["input_ids"].clone()
     is_image = fewer == model.config.image_token_id
     fewer[0, is_image[0].nonzero()[0]] = 9
