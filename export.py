@@ -445,10 +445,14 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--private", action="store_true", default=None, help="make that repo a private one")
     add("--revision", help="branch, tag or commit of a base on the Hub")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
+    paper = own("configuration_vlmpruner.PRUNING_PRESETS")["paper"]
     for field in pruning_fields():
-        flag = "--" + field.name.removeprefix("pruning_").replace("_", "-")
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
-        keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {field.default}", **kind)
+        name, default = field.name.removeprefix("pruning_"), field.default
+        preset = " with the preset paper" if default is None else ""
+        default = getattr(paper, name) if default is None else default
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        flag = "--" + name.replace("_", "-")
+        keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
     return parser
 
 

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from transformers import Cache
 
+from .token_pruning_device import upload
+
 
 @dataclass(frozen=True)
 class PrunedImage:
@@ -126,23 +128,55 @@ class PrunedCacheState:
             length: number of the call's tokens.
             past_length: full sequence length before the call.
             record: what the call kept.
-            attention_mask: the caller's 2-D mask of the whole sequence, or None.
+            attention_mask: the caller's 2-D mask of the whole sequence on the host, or None.
         """
         self._settle_rows()
         batch, device = index.shape[0], index.device
         since = torch.arange(self.full_length, past_length, device=device).expand(batch, -1)
-        if attention_mask is not None:
-            is_padding = attention_mask[:, self.full_length : past_length].to(device) == 0
-            self.has_padding |= bool(is_padding.any())
-            since = since.masked_fill(is_padding, -1)
+        is_padding = self._padding_since(past_length, attention_mask)
+        if is_padding is not None:
+            since = since.masked_fill(upload(is_padding, device), -1)
         new = index + past_length
         if valid is not None:
-            self.has_padding = True
             new = new.masked_fill(~valid, -1)
+        self.has_padding |= valid is not None or is_padding is not None
         described = [] if self.positions is None else [self.positions.to(device)]
         self.positions = torch.cat([*described, since, new], dim=1)
         self.full_length = past_length + length
         self._record = PruningRecord(self._record.images + record.after(self._record).images)
+
+    def _padding_since(self, past_length: int, attention_mask: torch.Tensor | None) -> torch.BoolTensor | None:
+        """Which tokens between those described and `past_length` are padding, on the host; None where none is."""
+        if attention_mask is None or past_length == self.full_length:
+            return None
+        is_padding = attention_mask[:, self.full_length : past_length] == 0
+        return is_padding if is_padding.any() else None
+
+    def padding_mask_with(
+        self,
+        valid: torch.BoolTensor | None,
+        new: torch.Tensor,
+        past_length: int,
+        attention_mask: torch.Tensor | None,
+        kv_length: int,
+    ) -> torch.BoolTensor | None:
+        """The 2-D mask of the pruned layers' entries once they hold the `new` ones too; see `extend` and `padding_mask`.
+
+        Args:
+            new: [batch, entries, ...], any tensor of that shape on the right device.
+        """
+        is_padding = self._padding_since(past_length, attention_mask)
+        if valid is None and is_padding is None and not self.has_padding:
+            return None
+        self._settle_rows()
+        batch, num_new = new.shape[:2]
+        ones = torch.ones(batch, kv_length, dtype=torch.bool, device=new.device)
+        described = ones[:, :0] if self.positions is None else self.positions.to(new.device) >= 0
+        num_since = past_length - self.full_length
+        since = ones[:, :num_since] if is_padding is None else upload(~is_padding, new.device)
+        parts = [described, since, ones[:, :num_new] if valid is None else valid]
+        room = kv_length - sum(part.shape[1] for part in parts)
+        return torch.cat([*parts, ones[:, :room]], dim=1)
 
     def padding_mask(self, attention_mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         """The 2-D mask of the pruned layers' entries, or None where none is padding.

@@ -11,6 +11,9 @@ Notable choices:
 - Layers above see `position_ids=None`. Their rotations are already in `position_embeddings`, and gaps in `position_ids`
   would make the FlashAttention path believe in packed sequences.
 - One mask serves all layers from the pruning layer on; it is sized by their own cache length (`layer_idx`).
+- What the host must know (where visual tokens lie, how many stay, what is padding) it learns when the plan is made, in one
+  transfer, and the mask follows from it before the first layer. So on a GPU nothing waits at the pruning layer, unless the
+  budget may stay unfilled (`fill_budget=False`).
 """
 
 from collections.abc import Sequence
@@ -23,8 +26,9 @@ from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_vlmpruner import PruningSettings
-from .pruned_cache import PrunedImage, PruningRecord, continued_padding_mask, open_state, pruning_state
-from .token_pruning import Selection, aggregate_tokens, num_tokens_to_keep, select_tokens
+from .pruned_cache import PrunedCacheState, PrunedImage, PruningRecord, continued_padding_mask, open_state, pruning_state
+from .token_pruning import SELECTORS, Selection, aggregate_tokens, num_tokens_to_keep
+from .token_pruning_device import GridBatch, upload
 
 
 # Key of the pruned layers' mask among the masks that `generate` makes in advance for compiled decoding.
@@ -49,11 +53,11 @@ class GridView:
     def grid(self) -> tuple[int, ...]:
         return (self.height, self.width) if self.frames == 1 else (self.frames, self.height, self.width)
 
-    def token_indices(self, device: torch.device) -> torch.LongTensor:
+    def token_indices(self) -> torch.LongTensor:
         """Rows of the features, in row-major order of the grid. [frames * height * width]"""
-        f = torch.arange(self.frames, device=device)[:, None, None] * (self.height * self.width)
-        y = torch.arange(self.height, device=device)[:, None] * (self.row_stride or self.width)
-        return (self.start + f + y + torch.arange(self.width, device=device)).flatten()
+        f = torch.arange(self.frames)[:, None, None] * (self.height * self.width)
+        y = torch.arange(self.height)[:, None] * (self.row_stride or self.width)
+        return (self.start + f + y + torch.arange(self.width)).flatten()
 
 
 def video_views(frames: int, height: int, width: int, scope: str) -> list[GridView]:
@@ -82,7 +86,10 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class VisualGrid:
-    """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep."""
+    """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep.
+
+    `columns` is on the host.
+    """
 
     row: int
     image: int
@@ -92,12 +99,9 @@ class VisualGrid:
     columns: torch.LongTensor
     num_keep: int
 
-    def record(self, order: torch.LongTensor, past_length: int) -> PrunedImage:
-        return PrunedImage(self.row, self.image, self.view, self.modality, self.grid, self.columns + past_length, order)
-
 
 def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
-    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove.
+    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove; `visual.mask` is on the host.
 
     Raises:
         ValueError: if the images do not fill the rows one after another.
@@ -110,7 +114,7 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
         image_columns = columns[offset : offset + length]
         offset += length
         for number, view in enumerate(views):
-            tokens = view.token_indices(columns.device)
+            tokens = view.token_indices()
             num_keep = num_tokens_to_keep(len(tokens), ratio)
             grids.append(VisualGrid(row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep))
     return grids
@@ -145,13 +149,13 @@ class Packing:
         index: [batch, packed_length] int64, the column that each packed place takes.
         valid: [batch, packed_length] bool, False where a place is padding; None when no place is.
         kept: [batch, length] bool, whether a token goes on.
-        merged_places: the (row, packed place) of each kept visual token, in the order of the selections.
+        merged_places: the (row, packed place) of each kept visual token, ascending; None where nothing is merged into them.
     """
 
     index: torch.LongTensor
     valid: torch.BoolTensor | None
     kept: torch.BoolTensor
-    merged_places: tuple[torch.LongTensor, torch.LongTensor]
+    merged_places: tuple[torch.LongTensor, torch.LongTensor] | None
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """[batch or 1, length, ...] -> [batch, packed_length, ...]"""
@@ -172,6 +176,55 @@ def _over_features(per_token: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     return per_token.reshape(*per_token.shape, *(1 for _ in trailing)).expand(*per_token.shape, *trailing)
 
 
+class PackedGrids:
+    """The visual tokens of all grids of a call, one grid after another, and the text that stays: where they are.
+
+    Args:
+        grids: ordered by row.
+        is_text: [batch, length] bool, on the host.
+        device: where the tensors are made; the host does not wait for them.
+
+    Attributes:
+        batch, layout: the grids for the selection.
+        rows, columns: [T] int64 each, where each token is in the batch.
+        places: [T] int64, where it is in the flattened batch.
+        is_text: [batch, length] bool, on the device.
+        hidden_states: [T, hidden_size] from the selection to the merge, else None.
+    """
+
+    def __init__(self, grids: Sequence[VisualGrid], is_text: torch.BoolTensor, device: torch.device):
+        self.device = device
+        self.batch = GridBatch([grid.grid for grid in grids], [grid.num_keep for grid in grids], device)
+        rows = torch.cat([torch.full_like(grid.columns, grid.row) for grid in grids])
+        columns = torch.cat([grid.columns for grid in grids])
+        self.rows, self.columns, self.places = upload(
+            torch.stack([rows, columns, rows * is_text.shape[1] + columns]), device
+        ).unbind()
+        self.is_text = upload(is_text, device)
+        self.row_of_grid = [grid.row for grid in grids]
+        self.num_text = is_text.sum(1).tolist()
+        self.layout = self.batch.layout  # made now, not in the middle of the layers
+        self.hidden_states: torch.Tensor | None = None
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """The tokens' [T, ...] of [batch, length, ...]."""
+        return states.flatten(0, 1).index_select(0, self.places)
+
+    def counts_of_rows(self, counts: Sequence[int] | None = None) -> list[int]:
+        """Number of tokens that go on in each row, where each grid keeps `counts`, by default what it is to keep."""
+        totals = list(self.num_text)
+        for row, count in zip(self.row_of_grid, counts or self.batch.num_keep, strict=True):
+            totals[row] += count
+        return totals
+
+    def valid(self, counts_of_rows: Sequence[int]) -> torch.BoolTensor | None:
+        """[batch, packed_length] bool, False at the padding in front of shorter rows; None where all are of one length."""
+        longest, shortest = max(counts_of_rows), min(counts_of_rows)
+        if longest == shortest:
+            return None
+        return upload(torch.arange(longest) >= longest - torch.tensor(counts_of_rows)[:, None], self.device)
+
+
 class KeyRecorder:
     """A cache as one attention layer sees it, which also leaves that layer's new keys (after RoPE) with the plan.
 
@@ -183,7 +236,8 @@ class KeyRecorder:
         self.plan = plan
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.plan.keys = key_states
+        if self.plan.packing is None:  # not where gradient checkpointing runs the layer again
+            self.plan.keys = key_states
         if self.cache is None:
             return key_states, value_states
         return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -199,12 +253,14 @@ class PruningPlan:
     Attributes:
         config: the decoder's config.
         layer: the pruning layer.
-        attention_mask: the caller's 2-D mask [batch, past + length], or None.
-        grids: what to select from; empty in a call that only continues on a pruned cache.
+        attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
+        grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
         settings: how to select; None in such a call.
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
+        past_length: full sequence length before the call, and `is_text` [batch, length] bool on the host, the call's tokens
+            that stay in any case, where there are `grids`.
         record: what was kept, once the pruning layer has run.
     """
 
@@ -215,15 +271,22 @@ class PruningPlan:
     settings: PruningSettings | None = None
     prepared_mask: torch.Tensor | None = None
     deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
+    past_length: int = 0
+    is_text: torch.BoolTensor | None = None
     record: PruningRecord | None = field(default=None, init=False)
     keys: torch.Tensor | None = field(default=None, init=False)
-    selections: list[Selection] | None = field(default=None, init=False)
+    tokens: "PackedGrids | None" = field(default=None, init=False)
+    selection: Selection | None = field(default=None, init=False)
     packing: Packing | None = field(default=None, init=False)
+    valid: torch.BoolTensor | None = field(default=None, init=False)
+    mask: torch.Tensor | None = field(default=None, init=False)
     layer_inputs: dict | None = field(default=None, init=False)
     layer_device: torch.device | None = field(default=None, init=False)
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
+        if layer_idx == 0 and self.tokens is not None and self._counts_are_known:
+            self._make_mask(hidden_states, inputs.get("past_key_values"), self.tokens.counts_of_rows())
         if layer_idx == self.layer - 1 and self.grids:
             inputs = inputs | {"past_key_values": KeyRecorder(inputs.get("past_key_values"), self)}
         if layer_idx == self.layer:
@@ -279,15 +342,25 @@ class PruningPlan:
         is_first_run = self.packing is None  # gradient checkpointing runs a layer again: same tokens, new graph
         if is_first_run:
             self._select(hidden_states)
-            self._make_packing(hidden_states)
+            self._make_packing(hidden_states, cache)
         packed = self._pack_and_merge(hidden_states)
         if is_first_run:
             self.layer_inputs = {
-                "attention_mask": self._packed_mask(packed, cache),
+                "attention_mask": self.mask,
                 "position_ids": None,
                 "position_embeddings": tuple(self.packing.pack(part) for part in inputs["position_embeddings"]),
             }
+            self.layer_inputs = _on_device(self.layer_inputs, hidden_states.device)
+            self._remember(cache)
         return packed
+
+    def prepare(self, device: torch.device) -> None:
+        """Put on `device` what selection and packing need there."""
+        self.tokens = PackedGrids(self.grids, self.is_text, device)
+
+    @property
+    def _counts_are_known(self) -> bool:
+        return self.settings.method != "vlm_pruner" or self.settings.parameters.fill_budget
 
     def _select(self, hidden_states: torch.Tensor) -> None:
         num_heads = self.config.num_key_value_heads
@@ -296,66 +369,66 @@ class PruningPlan:
                 f"Decoder layer {self.layer - 1} has {self.keys.shape[1]} key heads here, the whole model {num_heads}. Tensor "
                 "parallelism is not supported, because each rank would choose other tokens."
             )
-        hidden_states, device = hidden_states.detach(), hidden_states.device
-        self.grids = [replace(grid, columns=grid.columns.to(device)) for grid in self.grids]
-        keys, self.keys = self.keys.detach().to(device), None
-        self.selections = [
-            select_tokens(
-                hidden_states[grid.row, grid.columns],
-                keys[grid.row][:, grid.columns],
-                grid.grid,
-                grid.num_keep,
-                self.settings.parameters,
-            )
-            for grid in self.grids
-        ]
+        if self.tokens.device != hidden_states.device:
+            self.prepare(hidden_states.device)
+        self.tokens.hidden_states = self.tokens.take(hidden_states.detach())
+        keys = self.tokens.take(self.keys.detach().to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
+        self.keys = None
+        select = SELECTORS[self.settings.method]
+        self.selection = select(self.tokens.hidden_states, keys, self.tokens.batch, self.settings.parameters)
 
-    def _make_packing(self, hidden_states: torch.Tensor) -> None:
-        batch, length = hidden_states.shape[:2]
-        kept = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-        if self.attention_mask is not None:
-            kept &= self.attention_mask[:, -length:].to(kept.device, torch.bool)
-        chosen = [
-            (torch.full_like(selection.kept, grid.row), grid.columns[selection.kept])
-            for grid, selection in zip(self.grids, self.selections, strict=True)
-        ]
-        rows, columns = (torch.cat(part) for part in zip(*chosen, strict=True))
-        for grid in self.grids:
-            kept[grid.row, grid.columns] = False
-        kept[rows, columns] = True
-        counts = kept.sum(1).tolist()
+    def _make_packing(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
+        length, tokens, chosen = hidden_states.shape[1], self.tokens, self.selection.kept
+        counts = tokens.counts_of_rows(self.selection.counts)
         packed_length = max(counts)
+        kept = tokens.is_text.clone()
+        kept.view(-1).index_fill_(0, tokens.places[chosen], True)
         # A stable sort takes the dropped tokens to the left and leaves the kept ones in order at the right.
         index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, length - packed_length :]
-        valid = None if min(counts) == packed_length else kept.gather(1, index)
         # The last kept token of a row has place packed_length - 1, counted back from there.
         place = packed_length - kept.flip(1).cumsum(1).flip(1)
-        self.packing = Packing(index, valid, kept, merged_places=(rows, place[rows, columns]))
+        merged_places = None
+        if self.selection.members is not None and self.settings.parameters.aggregation_weight < 1:
+            merged_places = tokens.rows[chosen], place.view(-1)[tokens.places[chosen]]
+        if not self._counts_are_known:
+            self._make_mask(hidden_states, cache, counts)
+        valid = None if self.valid is None else self.valid.to(index.device)
+        self.packing = Packing(index, valid, kept, merged_places)
 
     def _pack_and_merge(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.settings.parameters.aggregation_weight
-        merged = [
-            aggregate_tokens(hidden_states[grid.row, grid.columns], selection, weight)
-            for grid, selection in zip(self.grids, self.selections, strict=True)
-        ]
-        return self.packing.pack(hidden_states).index_put(self.packing.merged_places, torch.cat(merged))
+        packed = self.packing.pack(hidden_states)
+        if self.packing.merged_places is None:
+            return packed
+        states, self.tokens.hidden_states = self.tokens.hidden_states, None
+        if states is None or torch.is_grad_enabled():  # the gradient belongs to this run of the layer
+            states = self.tokens.take(hidden_states)
+        merged = aggregate_tokens(states, self.selection, self.settings.parameters.aggregation_weight)
+        return packed.index_put_(self.packing.merged_places, merged)
 
-    def _packed_mask(self, packed: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
-        """The mask of the pruned layers. Also writes down what was kept, here and with the cache."""
-        # The layers below have stored this call's tokens already.
-        past_length = 0 if cache is None else int(cache.get_seq_length()) - self.packing.kept.shape[1]
+    def _make_mask(self, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> None:
+        """The mask of the pruned layers, whose rows will hold `counts` tokens of this call."""
+        packed, self.valid = hidden_states[:, : max(counts)], self.tokens.valid(counts)
+        padding_mask = self.valid
+        if cache is not None:
+            kv_length, _ = cache.get_mask_sizes(packed.shape[1], self.layer)
+            state = pruning_state(cache) or PrunedCacheState(self.layer)
+            padding_mask = state.padding_mask_with(self.valid, packed, self.past_length, self.attention_mask, kv_length)
+        self.mask = self._causal_mask(packed, padding_mask, cache)
+
+    def _remember(self, cache: Cache | None) -> None:
+        """Write down what was kept, here and with the cache."""
+        order = self.tokens.layout.place[self.selection.order].split(self.selection.counts)
+        positions = (self.tokens.columns + self.past_length).split(self.tokens.batch.sizes)
         self.record = PruningRecord(
             tuple(
-                grid.record(selection.order, past_length) for grid, selection in zip(self.grids, self.selections, strict=True)
+                PrunedImage(grid.row, grid.image, grid.view, grid.modality, grid.grid, *places)
+                for grid, *places in zip(self.grids, positions, order, strict=True)
             )
         )
-        if cache is None:
-            return self._causal_mask(packed, self.packing.valid, cache)
-        state = open_state(cache, self.layer)
-        index, valid, length = self.packing.index, self.packing.valid, self.packing.kept.shape[1]
-        state.extend(index, valid, length, past_length, self.record, self.attention_mask)
-        kv_length, _ = cache.get_mask_sizes(packed.shape[1], self.layer)
-        return self._causal_mask(packed, state.padding_mask(None, kv_length), cache)
+        if cache is not None:
+            index, valid, length = self.packing.index, self.packing.valid, self.packing.kept.shape[1]
+            state = open_state(cache, self.layer)
+            state.extend(index, valid, length, self.past_length, self.record, self.attention_mask)
 
     def _continued_mask(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
         if self.prepared_mask is not None:
@@ -420,9 +493,29 @@ def make_plan(
         )
     if cache is None and attention_mask is None:
         _refuse_packed_sequences(position_ids)
+    past_length = 0 if cache is None else int(cache.get_seq_length())
+    device = visuals[0].mask.device
+    masks = [visual.mask for visual in visuals] + ([] if attention_mask is None else [attention_mask.to(device, torch.bool)])
+    masks = _on_host(masks)
+    visuals = [replace(visual, mask=mask) for visual, mask in zip(visuals, masks, strict=False)]
+    attention_mask = None if attention_mask is None else masks[-1]
     grids = [grid for visual in visuals for grid in visual_grids(visual, settings.ratio)]
     grids.sort(key=lambda grid: grid.row)
-    return PruningPlan(config, settings.layer, attention_mask, grids, settings)
+    batch, length = visuals[0].mask.shape
+    is_text = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask[:, -length:].clone()
+    for grid in grids:
+        is_text[grid.row, grid.columns] = False
+    plan = PruningPlan(config, settings.layer, attention_mask, grids, settings, past_length=past_length, is_text=is_text)
+    if grids:
+        plan.prepare(device)
+    return plan
+
+
+def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
+    """Copies of the masks on the host, in one transfer."""
+    flat = torch.cat([mask.flatten() for mask in masks]).cpu()
+    parts = flat.split([mask.numel() for mask in masks])
+    return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
 
 
 def check_mask(attention_mask) -> None:

@@ -1,24 +1,28 @@
-"""The maths of VLM-Pruner (arXiv 2512.02700): which visual tokens of one image stay, and what they absorb.
+"""The maths of VLM-Pruner (arXiv 2512.02700): which visual tokens of an image stay, and what they absorb.
 
 Tensors in, tensors out; this file knows no model. Three stages, after the paper: pivots (max-min distance in key
 space), greedy selection under the BSS criterion (buffering for spatial sparsity), and similarity-weighted aggregation
-(SWA) of the discarded tokens.
+(SWA) of the discarded tokens. Here are the parameters, the entry points, and the selection on a CPU;
+`token_pruning_device.py` holds the definitions and the selection on a CUDA device, which chooses the same.
 
 Notable choices
-- Cosines are summed in float64 and rounded once to float32, on every device. So equal tokens have equal similarities,
-  ties are real ties (the lower index wins), and no TF32, bfloat16 or autocast setting can change what is kept.
-- The greedy loop steps over accepting batches only, in NumPy: O(N) work per accepted token, about a microsecond per
-  operation.
+- Whatever decides is summed in float64 and rounded once to float32, on every device. So equal tokens have equal
+  similarities, ties are real ties (the lower index wins), and neither the order of a sum nor any TF32, bfloat16 or
+  autocast setting can change what is kept. On the CPU, norms, distances and variances are summed in float32 first, and
+  in float64 only where that leaves a doubt.
+- The greedy loop of the CPU steps over accepting batches only, in NumPy: O(N) work per accepted token, about a
+  microsecond per operation.
 - Selection is not differentiable and runs under `no_grad`; aggregation is, with constant weights.
 
-It does not batch images, and it does not decide what is an image: call it once per image, tile or video frame group.
+It does not decide what is an image: each image, tile or video frame group is a grid of its own.
 """
 
+import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -26,11 +30,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .token_pruning_device import (
+    FAR,
+    SCORE_LIMIT,
+    GridBatch,
+    Thresholds,
+    channel_deviations,
+    cosines,
+    diagonal,
+    group_tokens,
+    key_distances,
+    key_norms,
+    select_packed_in_torch,
+    triton_stages,
+)
+
 
 ROWS_PER_CHUNK = 64  # tokens handled at once where a temporary is as wide as the input: about 1 MiB at 4,096 channels
+ROUGH_ERROR, ROUGH_MEAN_ERROR = 1e-4, 4e-6  # bounds, with room to spare, on the relative errors of float32 sums and means
 COMFORTABLE = (1e-12, 1e12)  # largest magnitudes whose squares are safe in float32; other inputs are rescaled
-SCORE_LIMIT = 1e30  # spatial weights are cut here, so that every score is finite
-THRESHOLD_LIMIT = 1e38  # thresholds are cut here: finite in float32, above every score
 
 
 def _is_count(value: object) -> bool:
@@ -93,23 +111,27 @@ PAPER_PARAMETERS = PruningParameters()
 
 
 class Selection(NamedTuple):
-    """What stays and what it absorbs: R kept tokens and N groups' members, all on the device of the hidden states.
+    """What stays of the T packed tokens of one grid or several, and what it absorbs. On the device of the hidden states.
+
+    Indices are places among the packed tokens, grids one after another. Where nothing is absorbed, the last three are None.
 
     Attributes:
-        order: [R] int64, the kept tokens in the order of their selection, pivots first.
+        counts: number of tokens kept of each grid; their sum is R.
+        order: [R] int64, the kept tokens of each grid in the order of their selection, pivots first.
         kept: [R] int64, the same tokens ascending.
-        members: [N] int64, all tokens grouped by the kept token they belong to (groups in the order of `kept`), the
+        members: [T] int64, all tokens grouped by the kept token they belong to (groups in the order of `kept`), the
             kept token first in its group.
         offsets: [R] int64, where each group starts in `members`.
-        shares: [N] float32, aligned with `members`: the share of each discarded token in its group's mean. The kept
+        shares: [T] float32, aligned with `members`: the share of each discarded token in its group's mean. The kept
             token's own entry is 0, or 1 where nothing is aggregated into it.
     """
 
+    counts: tuple[int, ...]
     order: torch.Tensor
     kept: torch.Tensor
-    members: torch.Tensor
-    offsets: torch.Tensor
-    shares: torch.Tensor
+    members: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
 
 def num_tokens_to_keep(num_visual: int, ratio: float) -> int:
@@ -156,13 +178,12 @@ def prune_tokens(
             respect to `hidden_states`.
 
     Raises:
-        ValueError: shapes, grid or budget do not fit together, or an input holds NaN or infinite values.
+        ValueError: shapes, grid or budget do not fit together, or, outside CUDA, an input holds NaN or infinite values.
     """
     selection = select_tokens(hidden_states, keys, grid, num_keep, parameters)
     return selection.kept, aggregate_tokens(hidden_states, selection, parameters.aggregation_weight)
 
 
-@torch.no_grad()
 def select_tokens(
     hidden_states: torch.Tensor,
     keys: torch.Tensor,
@@ -176,15 +197,63 @@ def select_tokens(
     together are ordered by score, ascending. The choice is made in float32 whatever the dtype of the inputs.
     """
     _check_arguments(hidden_states, keys, grid, num_keep)
-    hidden_states = _rescale("hidden_states", hidden_states).float()
-    keys = _rescale("keys", keys)
-    pivots = choose_pivots(keys, min(parameters.num_pivots, num_keep)).tolist()
-    similarity = channel_cosines(hidden_states, parameters.num_channels).cpu().numpy()
-    candidates = _Candidates(similarity, grid_coordinates(grid), parameters.spatial_weight)
-    candidates.accept(pivots)
-    _accept_rounds(candidates, num_keep, parameters)
-    arrays = _group_tokens(similarity, np.array(candidates.accepted))
-    return Selection(*(torch.from_numpy(array).to(hidden_states.device) for array in arrays))
+    return select_batch(hidden_states, keys, GridBatch([grid], [num_keep], hidden_states.device), parameters)
+
+
+@torch.no_grad()
+def select_batch(
+    hidden_states: torch.Tensor, keys: torch.Tensor, batch: GridBatch, parameters: PruningParameters = PAPER_PARAMETERS
+) -> Selection:
+    """`select_tokens` for several grids, each on its own.
+
+    On a CUDA device nothing waits for the device, unless `fill_budget` is False, and values that are not finite raise no
+    error; elsewhere the selection runs on the CPU.
+
+    Args:
+        hidden_states: [T, D], the tokens of all grids, one grid after another.
+        keys: [heads, T, head_dim] of the same tokens.
+        batch: the grids, and how many tokens of each to keep.
+        parameters: the method's parameters.
+
+    Raises:
+        ValueError: outside CUDA, if an input holds NaN or infinite values.
+    """
+    if hidden_states.device.type == "cuda":
+        stages = triton_stages()
+        select = select_packed_in_torch if stages is None else stages[0]
+        return Selection(*select(hidden_states, keys.transpose(0, 1).flatten(1), batch, parameters))
+    parts = zip(hidden_states.cpu().split(batch.sizes), keys.cpu().split(batch.sizes, dim=1), strict=True)
+    chosen = [
+        _select_on_cpu(*part, grid, num_keep, parameters)
+        for part, grid, num_keep in zip(parts, batch.grids, batch.num_keep, strict=True)
+    ]
+    starts = itertools.accumulate(batch.sizes, initial=0)
+    chosen = [(order + start, owner + start, weight) for start, (order, owner, weight) in zip(starts, chosen, strict=False)]
+    order, owner, weight = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*chosen, strict=True))
+    fields = order, *group_tokens(order, owner, weight)
+    return Selection(tuple(len(order) for order, _, _ in chosen), *(field.to(hidden_states.device) for field in fields))
+
+
+@torch.no_grad()
+def select_random(
+    hidden_states: torch.Tensor, keys: torch.Tensor, batch: GridBatch, parameters: PruningParameters = PAPER_PARAMETERS
+) -> Selection:
+    """As many tokens of each grid, chosen uniformly at random, and nothing merged: the control that a method has to beat.
+
+    Arguments are those of `select_batch`; only `batch` matters. Draws from the global generator of the device.
+    """
+    layout, device = batch.layout, hidden_states.device
+    shuffled = torch.rand(len(hidden_states), device=device).argsort()
+    shuffled = shuffled[layout.image[shuffled].argsort(stable=True)]  # each grid's tokens together, in random order
+    num_keep, start, kept_start = layout.table[:, 2], layout.table[:, 0], layout.table[:, 3]
+    total = sum(batch.num_keep)
+    image = torch.arange(len(num_keep), device=device).repeat_interleave(num_keep, output_size=total)
+    order = shuffled[start[image] + torch.arange(total, device=device) - kept_start[image]]
+    return Selection(batch.num_keep, order, order.sort().values)
+
+
+# pruning_method -> what chooses the tokens. A method joins here.
+SELECTORS = {"vlm_pruner": select_batch, "random": select_random}
 
 
 def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregation_weight: float) -> torch.Tensor:
@@ -196,7 +265,7 @@ def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregat
 
     Args:
         hidden_states: [N, D], any floating dtype. Gradients flow to kept and to discarded tokens; weights are constant.
-        selection: what `select_tokens` chose.
+        selection: what `select_tokens` or `select_batch` chose.
         aggregation_weight: beta in [0, 1]. 1 returns the kept rows untouched.
 
     Returns:
@@ -207,11 +276,14 @@ def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregat
     """
     if not _is_number(aggregation_weight, 0, 1):
         raise ValueError(f"aggregation_weight must be a number in [0, 1], but is {aggregation_weight!r}.")
+    if selection.members is None or aggregation_weight == 1:
+        return hidden_states[selection.kept]
     if hidden_states.ndim != 2 or len(hidden_states) != len(selection.members):
         found, expected = tuple(hidden_states.shape), len(selection.members)
         raise ValueError(f"hidden_states must be [N, D] with the selection's N = {expected}, but has shape {found}.")
-    if aggregation_weight == 1:
-        return hidden_states[selection.kept]
+    needs_graph = torch.is_grad_enabled() and hidden_states.requires_grad
+    if hidden_states.is_cuda and not needs_graph and hidden_states.dtype != torch.float64 and triton_stages():
+        return triton_stages()[1](hidden_states, selection, aggregation_weight)
     own_share = selection.shares[selection.offsets]
     weights = selection.shares * (1 - aggregation_weight)
     weights[selection.offsets] = torch.where(own_share > 0, own_share, aggregation_weight)
@@ -221,7 +293,28 @@ def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregat
     return merged.to(hidden_states.dtype)
 
 
-def choose_pivots(keys: torch.Tensor, num_pivots: int) -> torch.Tensor:
+# Selection of one grid on the CPU
+
+
+def _select_on_cpu(
+    hidden_states: torch.Tensor, keys: torch.Tensor, grid: Sequence[int], num_keep: int, parameters: PruningParameters
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The kept tokens in order [R], the kept token that each token belongs to [N], and its cosine with it [N]."""
+    hidden_states = _rescale("hidden_states", hidden_states).float()
+    pivots = choose_pivots(_rescale("keys", keys), min(parameters.num_pivots, num_keep))
+    similarity = channel_cosines(hidden_states, parameters.num_channels).numpy()
+    candidates = _Candidates(similarity, grid, parameters.spatial_weight)
+    candidates.accept(pivots)
+    _accept_rounds(candidates, num_keep, parameters)
+    order = np.array(candidates.accepted)
+    kept = np.sort(order)
+    to_kept = similarity[kept]
+    owner = kept[to_kept.argmax(0)]  # j*(u) = argmax_{j in S} M_uj
+    owner[kept] = kept
+    return order, owner, to_kept.max(0)
+
+
+def choose_pivots(keys: torch.Tensor, num_pivots: int) -> list[int]:
     """Pivots spread out in key space: VLM-Pruner (arXiv 2512.02700), stage 1.
 
     j_1 = argmax_j ||K_j||_1, then the token whose smallest L2 distance to the chosen ones is largest. A token's key is
@@ -233,20 +326,27 @@ def choose_pivots(keys: torch.Tensor, num_pivots: int) -> torch.Tensor:
         num_pivots: integer in 1..N.
 
     Returns:
-        [num_pivots] int64, in the order of choice.
+        `num_pivots` tokens, in the order of choice.
     """
     by_token = keys.transpose(0, 1)
     if by_token.is_contiguous():  # as projections leave them: one head as wide as all is the same memory, read faster
         keys = by_token.flatten(1)[None]
-    pivot = _per_token(keys, torch.abs).argmax().view(1)
-    pivots, nearest = [pivot], keys.new_full(keys.shape[1:2], torch.inf, dtype=torch.float32)
+
+    def rows(tokens):
+        return keys[:, tokens].transpose(0, 1).flatten(1)
+
+    def distances(tokens):
+        return functools.reduce(torch.minimum, (key_distances(rows(tokens), rows([pivot])) for pivot in pivots))
+
+    pivots = [_first_largest(_per_token(keys, torch.abs), lambda tokens: key_norms(rows(tokens)))]
+    nearest = keys.new_full(keys.shape[1:2], torch.inf, dtype=torch.float32)
     while len(pivots) < num_pivots:
-        last = keys.index_select(1, pivot).float()
+        last = keys[:, pivots[-1:]].float()
         distance = _per_token(keys, lambda part, last=last: (part - last).square_())
-        nearest = torch.minimum(nearest, distance).index_fill_(0, pivot, -1)
-        pivot = nearest.argmax().view(1)
-        pivots.append(pivot)
-    return torch.cat(pivots)
+        nearest = torch.minimum(nearest, distance)
+        nearest[pivots[-1]] = -1
+        pivots.append(_first_largest(nearest, distances))
+    return pivots
 
 
 def _per_token(keys: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -254,11 +354,17 @@ def _per_token(keys: torch.Tensor, function: Callable[[torch.Tensor], torch.Tens
     return torch.cat([function(part.float()).sum(-1).sum(0) for part in keys.split(ROWS_PER_CHUNK, dim=1)])
 
 
+def _first_largest(rough: torch.Tensor, exact: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    """The first of the largest values, by `exact` of those tokens that `rough` [N] does not tell apart for sure."""
+    close = (rough >= rough.max() * (1 - ROUGH_ERROR)).nonzero()[:, 0]
+    return close[exact(close).argmax() if len(close) > 1 else 0].item()
+
+
 def channel_cosines(hidden_states: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Cosines M of all pairs of tokens over the channels of largest variance: VLM-Pruner (arXiv 2512.02700), stage 2.
 
     A row of zeros has cosine 0 with everything. Deviations: one matrix product, where the authors hold an N x N x q
-    temporary; in float64, see the top of this file; and of the raw rows, so that orthogonal ones have exactly 0.
+    temporary; in float64, see the top of this file.
 
     Args:
         hidden_states: [N, D] float32, finite.
@@ -267,37 +373,38 @@ def channel_cosines(hidden_states: torch.Tensor, num_channels: int) -> torch.Ten
     Returns:
         [N, N] float32.
     """
-    rows = hidden_states
-    if num_channels < rows.shape[1]:
-        ranked = channel_variances(rows).sort(descending=True, stable=True).indices
-        rows = rows.index_select(1, ranked[:num_channels].sort().values)
-    exact = torch.float32 if rows.device.type == "mps" else torch.float64  # Metal has no float64, and no TF32 either
-    rows = rows.to(exact)
-    norms = torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(exact).tiny)
-    return (rows @ rows.T).div_(norms).div_(norms[:, None]).float()
+    if num_channels < hidden_states.shape[1]:
+        hidden_states = hidden_states.index_select(1, screened_channels(hidden_states, num_channels))
+    return cosines(hidden_states)
 
 
-def channel_variances(hidden_states: torch.Tensor) -> torch.Tensor:
-    """N times the variance of each channel over the tokens, [N, D] to [D]; exactly 0 for a constant channel.
+def screened_channels(hidden_states: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """The channels of largest `channel_deviations`, ascending, [N, D] to [num_channels].
 
-    Two passes in chunks that stay in the cache: three times as fast on a CPU as `torch.var`.
+    A rough variance in float32, three times as fast as `torch.var`, leaves only a few channels to decide in float64.
     """
+    variances, error = _rough_variances(hidden_states)
+    smallest, largest = variances - error, variances + error
+    bounds = [values.topk(num_channels).values[-1] for values in (smallest, largest)]
+    is_certain = smallest > bounds[1]
+    close = ((largest >= bounds[0]) & ~is_certain).nonzero()[:, 0]
+    certain = is_certain.nonzero()[:, 0]
+    if len(close) > num_channels - len(certain):
+        is_token = torch.ones(len(hidden_states), dtype=torch.bool)
+        ranked = channel_deviations(hidden_states[:, close], is_token).sort(descending=True, stable=True).indices
+        close = close[ranked[: num_channels - len(certain)]]
+    return torch.cat([certain, close]).sort().values
+
+
+def _rough_variances(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """N times the variance of each channel, [N, D] to [D], and how far it may be off. In chunks that stay in the cache."""
     mean = hidden_states.mean(0)
     squares = hidden_states.new_zeros(ROWS_PER_CHUNK, hidden_states.shape[1])
     for part in hidden_states.split(ROWS_PER_CHUNK):
         deviation = part - mean
         squares[: len(part)].addcmul_(deviation, deviation)
-    return squares.sum(0).masked_fill_(hidden_states.amax(0) == hidden_states.amin(0), 0)
-
-
-def grid_coordinates(grid: Sequence[int]) -> np.ndarray:
-    """[N, 2] float64 (y, x) of every token of a row-major grid, in units of the grid's diagonal sqrt(H^2 + W^2).
-
-    With them D_ij of VLM-Pruner (arXiv 2512.02700), stage 2, is the plain Euclidean distance. The paper knows planes only; a
-    third side is time, of which one slice is as far as one token in the plane (as positions advance in Qwen2-VL).
-    """
-    positions = np.indices(grid, dtype=np.float64).reshape(len(grid), -1).T
-    return positions / np.sqrt(sum(side * side for side in grid))
+    variances = squares.sum(0)
+    return variances, ROUGH_ERROR * variances + len(hidden_states) * (ROUGH_MEAN_ERROR * mean) ** 2
 
 
 class _Candidates:
@@ -305,20 +412,23 @@ class _Candidates:
 
     score_i(S) = max_{j in S} M_ij (1 + lambda min_{j in S} D_ij). The spatial factor belongs to the candidate, so a
     running maximum and a running minimum suffice: O(N) work per accepted token. Accepted tokens score infinity.
+    D is the Euclidean distance over the diagonal sqrt(H^2 + W^2). The paper knows planes only; a third side is time, of which
+    one slice is as far as one token in the plane (as positions advance in Qwen2-VL).
 
     Args:
         similarity: [N, N] float32, M.
-        coordinates: [N, k] float64; D is their Euclidean distance.
+        grid: its sides, row-major.
         spatial_weight: lambda.
     """
 
-    def __init__(self, similarity: np.ndarray, coordinates: np.ndarray, spatial_weight: float):
+    def __init__(self, similarity: np.ndarray, grid: Sequence[int], spatial_weight: float):
         self.similarity = similarity
-        self.axes = np.ascontiguousarray(coordinates.T)
+        self.axes = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
+        self.diagonal = diagonal(grid)
         self.spatial_weight = np.float32(min(spatial_weight, SCORE_LIMIT))
         self.accepted: list[int] = []
         self.most_similar = np.full(len(similarity), -np.inf, dtype=np.float32)
-        self.nearest = np.full(len(similarity), np.inf)  # squared, and in float64 so that equal distances stay equal
+        self.nearest = np.full(len(similarity), FAR, dtype=np.int32)  # squared, so that equal distances are equal
         self.scores = self.most_similar
 
     def accept(self, tokens: Sequence[int]):
@@ -328,7 +438,7 @@ class _Candidates:
         self.most_similar[tokens] = np.inf
         squared = sum((axis[tokens, None] - axis) ** 2 for axis in self.axes)
         np.minimum(self.nearest, squared.min(0), out=self.nearest)
-        distance = np.sqrt(self.nearest).astype(np.float32)
+        distance = np.sqrt(self.nearest.astype(np.float32)) / self.diagonal
         self.scores = self.most_similar * (1 + self.spatial_weight * distance)
 
 
@@ -340,14 +450,14 @@ def _accept_rounds(candidates: _Candidates, num_keep: int, parameters: PruningPa
     batch to the next. Deviation: the authors stop for good when a round accepts nothing; here that is `fill_budget`
     = False.
     """
-    batch_size, number = parameters.token_batch, -1
+    thresholds, number, threshold, batch_size = Thresholds.of(parameters), -1.0, -math.inf, parameters.token_batch
     while len(candidates.accepted) < num_keep:
-        number, lowest = number + 1, candidates.scores.min()
-        if lowest >= _threshold(number, parameters):
+        number += 1
+        threshold, lowest = max(threshold, thresholds.at(number)), candidates.scores.min()
+        if lowest >= threshold:
             if not parameters.fill_budget:
                 return
-            number = _next_accepting_round(number, lowest, parameters)
-        threshold = _threshold(number, parameters)
+            number, threshold = thresholds.leap(number, lowest)
         queue = np.argsort(candidates.scores, kind="stable")  # accepted tokens come last, with infinite scores
         while len(candidates.accepted) < num_keep:
             below = np.flatnonzero(candidates.scores[queue] < threshold)
@@ -359,50 +469,6 @@ def _accept_rounds(candidates: _Candidates, num_keep: int, parameters: PruningPa
             fitting = batch[candidates.scores[batch] < threshold][: num_keep - len(candidates.accepted)]
             candidates.accept(fitting.tolist())
             queue = queue[start + batch_size :]
-
-
-def _threshold(number: int, parameters: PruningParameters) -> np.float32:
-    """Threshold tau_0 + number * delta tau of a round, exact until the end: repeated addition without its rounding."""
-    exact = Fraction(parameters.threshold) + number * Fraction(parameters.threshold_step)
-    return np.float32(max(-THRESHOLD_LIMIT, min(float(exact), THRESHOLD_LIMIT)))
-
-
-def _next_accepting_round(number: int, lowest: np.float32, parameters: PruningParameters) -> int:
-    """First round after `number` whose threshold exceeds the lowest score, found by doubling and halving.
-
-    Rounds that accept nothing change nothing but the threshold, and a step may be far smaller than the gap.
-    """
-    leap = 1
-    while _threshold(number + leap, parameters) <= lowest:
-        leap *= 2
-    rejecting, accepting = number + leap // 2, number + leap
-    while accepting - rejecting > 1:
-        middle = (rejecting + accepting) // 2
-        if _threshold(middle, parameters) <= lowest:
-            rejecting = middle
-        else:
-            accepting = middle
-    return accepting
-
-
-def _group_tokens(similarity: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The fields of `Selection`: each discarded u joins j*(u) = argmax_{j in S} M_uj with weight M_uj, stage 3 (SWA).
-
-    Deviation: negative cosines count as 0; in the authors' code they enter the weights and can make them explode.
-    """
-    kept = np.sort(order)
-    to_kept = similarity[kept]
-    group, weight = to_kept.argmax(0), to_kept.max(0).clip(min=0)
-    group[kept], weight[kept] = np.arange(len(kept)), 0
-    total = np.bincount(group, weight, len(kept))
-    weight[kept] = total == 0
-    total[total == 0] = 1
-    not_kept = np.ones(len(group), dtype=np.int64)
-    not_kept[kept] = 0
-    members = np.argsort(2 * group + not_kept, kind="stable")
-    offsets = np.flatnonzero(not_kept[members] == 0)
-    shares = weight[members] / total[group[members]]
-    return order, kept, members, offsets, shares.astype(np.float32)
 
 
 def _check_arguments(hidden_states: torch.Tensor, keys: torch.Tensor, grid: Sequence[int], num_keep: int):
@@ -438,4 +504,4 @@ def _rescale(name: str, values: torch.Tensor) -> torch.Tensor:
     num_bad = values.numel() - values.isfinite().sum().item()
     if num_bad:
         raise ValueError(f"{name} must be finite, but {num_bad} of its {values.numel()} values are NaN or infinite.")
-    return (values.double() / peak).float() if peak else values
+    return (values.double() * 2.0 ** -max(math.frexp(peak)[1], -1000)).float()

@@ -13,6 +13,19 @@ from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerQwe
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
 from vlmpruner.pruned_decoder import GridView
+from vlmpruner.token_pruning import SELECTORS, Selection
+from vlmpruner.token_pruning_device import select_packed_in_torch
+
+
+@pytest.fixture(params=["cpu", "device"], autouse=True)
+def path(request, monkeypatch):
+    """Selection on a CPU, and as on a GPU."""
+
+    def select(hidden_states, keys, batch, parameters):
+        return Selection(*select_packed_in_torch(hidden_states, keys.transpose(0, 1).flatten(1), batch, parameters))
+
+    if request.param == "device":
+        monkeypatch.setitem(SELECTORS, "vlm_pruner", select)
 
 
 def load_case(name):

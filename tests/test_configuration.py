@@ -42,6 +42,7 @@ def test_defaults_are_the_papers():
         ("pruning_layer", 0, "from 1 to 3"),
         ("pruning_layer", 4, "from 1 to 3"),
         ("pruning_method", "fastv", "one of"),
+        ("pruning_preset", "best", r"one of \('paper', 'fine'\)"),
         ("pruning_video_scope", "frame", "one of"),
         ("pruning_num_pivots", 0, ">= 1"),
         ("pruning_num_channels", -1, ">= 1"),
@@ -65,6 +66,45 @@ def test_a_value_of_the_wrong_type_is_named():
     for key, value in {"pruning_ratio": "half", "pruning_layer": 2.5, "pruning_fill_budget": "yes"}.items():
         with pytest.raises(Exception, match=rf"(?s){key}.*{value}"):
             config(**{key: value})
+
+
+def test_presets():
+    assert config().pruning_preset == "paper" and config(pruning_preset="paper").pruning_parameters() == PruningParameters()
+    assert config(pruning_preset="fine").pruning_parameters() == PruningParameters(token_batch=1)
+
+
+def test_a_key_that_is_set_wins_over_the_preset():
+    both = config(pruning_preset="fine", pruning_token_batch=16, pruning_fill_budget=False, pruning_aggregation_weight=0)
+    assert both.pruning_parameters() == PruningParameters(fill_budget=False, aggregation_weight=0)
+    both.pruning_token_batch = None
+    assert both.pruning_parameters().token_batch == 1
+
+
+def test_an_assigned_preset_counts_from_the_next_call():
+    late = config()
+    late.pruning_preset = "fine"
+    assert late.pruning_settings().parameters.token_batch == 1
+
+
+def test_a_preset_round_trips_and_can_be_changed_on_loading(tmp_path):
+    config(pruning_preset="fine", pruning_num_pivots=6).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["pruning_preset"], written["pruning_num_pivots"], written["pruning_token_batch"]) == ("fine", 6, None)
+    reloaded = VLMPrunerLlavaConfig.from_pretrained(tmp_path)
+    assert reloaded.pruning_parameters() == PruningParameters(num_pivots=6, token_batch=1)
+    changed = VLMPrunerLlavaConfig.from_pretrained(tmp_path, pruning_preset="paper")
+    assert changed.pruning_parameters() == PruningParameters(num_pivots=6)
+
+
+def test_a_file_from_before_the_presets_keeps_its_values(tmp_path):
+    config(pruning_token_batch=8, pruning_threshold=0.7).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["pruning_preset"]
+    path.write_text(json.dumps(old))
+    expected = PruningParameters(token_batch=8, threshold=0.7)
+    assert VLMPrunerLlavaConfig.from_pretrained(tmp_path).pruning_parameters() == expected
+    assert VLMPrunerLlavaConfig.from_pretrained(tmp_path, pruning_preset="fine").pruning_parameters() == expected
 
 
 def test_an_unknown_key_is_refused():

@@ -103,10 +103,10 @@ def test_grids_are_where_the_stock_class_packs_them(family, vision_aspect_ratio)
             (places,), _ = model.pack_image_features([image], [size], image_newline=newline, **options)
             views = model.grid_views_of("image", places)
             is_newline = places.isnan().any(-1)
-            covered = torch.cat([view.token_indices(places.device) for view in views])
+            covered = torch.cat([view.token_indices() for view in views])
             assert torch.equal(covered, (~is_newline).nonzero()[:, 0]), size
             for view in views:
-                grid = places[view.token_indices(places.device)].view(*view.grid, 2)
+                grid = places[view.token_indices()].view(*view.grid, 2)
                 y, x = grid.unbind(-1)
                 assert y.allclose(y[:, :1]) and x.allclose(x[:1]), size
                 assert (y.diff(dim=0) > 0.9).all() and (x.diff(dim=1) > 0.9).all(), size

@@ -21,6 +21,7 @@ from vlmpruner.token_pruning import (
     prune_tokens,
     select_tokens,
 )
+from vlmpruner.token_pruning_device import Thresholds, channel_deviations
 
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("select_*.safetensors"))
@@ -269,15 +270,48 @@ def test_constant_channels_rank_last_and_in_order():
     """Rounding of the mean gave constant channels tiny variances, which differ from machine to machine."""
     hidden_states = torch.full((700, 9), 0.1)
     hidden_states[:, 4] += torch.arange(700) * 1e-6
-    variances = token_pruning.channel_variances(hidden_states)
-    assert variances[4] > 0 and variances.count_nonzero() == 1
-    expected = token_pruning.channel_cosines(hidden_states[:, [0, 1, 4]], 3)
-    assert torch.equal(token_pruning.channel_cosines(hidden_states, 3), expected)
+    deviations = channel_deviations(hidden_states, torch.ones(700, dtype=torch.bool))
+    assert deviations[4] > 0 and deviations.count_nonzero() == 1
+    assert token_pruning.screened_channels(hidden_states, 3).tolist() == [0, 1, 4]
 
 
-def test_variances_survive_a_large_mean():
+def test_deviations_survive_a_large_mean():
     hidden_states = torch.randn(200, 40) * torch.linspace(1, 2, 40) + 100
-    torch.testing.assert_close(token_pruning.channel_variances(hidden_states), 199 * hidden_states.double().var(0).float())
+    deviations = channel_deviations(hidden_states, torch.ones(200, dtype=torch.bool))
+    torch.testing.assert_close(deviations, hidden_states.double().std(0, correction=0).float())
+
+
+@pytest.mark.parametrize("offset", [0, 3, 1000, 1e5])
+def test_channels_are_those_of_largest_deviation_however_close(offset):
+    """A float32 sum takes the wrong one of two close channels about once in a thousand images, another one on each device."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        one = torch.randn(150, 1, generator=generator)
+        spread = 1 + 1e-7 * torch.randint(0, 40, (60,), generator=generator) + (torch.arange(60) % 3 - 1) * 1e-3
+        shuffled = torch.stack([one[torch.randperm(150, generator=generator), 0] for _ in range(60)], 1)
+        hidden_states = shuffled * spread + offset
+        exact = hidden_states.double()
+        exact = (exact - exact.mean(0).float()).float().double().square().mean(0).sqrt().float()
+        expected = exact.sort(descending=True, stable=True).indices[:30].sort().values
+        assert torch.equal(token_pruning.screened_channels(hidden_states, 30), expected)
+
+
+def test_pivots_are_those_of_largest_distance_however_close():
+    """As for channels: the order of a float32 sum must not choose."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        base = torch.randn(512, generator=generator)
+        keys = torch.stack([base[torch.randperm(512, generator=generator)] for _ in range(50)])
+        keys = torch.cat([keys, -keys]) * (1 + 1e-8 * torch.arange(100)[:, None].double()).float()
+        exact = keys.double()
+        expected = [int(exact.abs().mean(1).float().argmax())]
+        while len(expected) < 5:
+            distances = [(keys - keys[pivot]).double().square().mean(1).sqrt().float() for pivot in expected]
+            nearest = torch.stack(distances).amin(0)
+            nearest[expected] = -1
+            expected.append(int(nearest.argmax()))
+        assert token_pruning.choose_pivots(keys.view(100, 4, 128).transpose(0, 1).contiguous(), 5) == expected
+        assert token_pruning.choose_pivots(keys[None], 5) == expected
 
 
 @pytest.mark.parametrize("spatial_weight", [1000, 1e30, 1.7e308])
@@ -292,10 +326,20 @@ def test_ends_for_any_parameters(spatial_weight, threshold, threshold_step):
 @pytest.mark.parametrize("step", [0.1, 1 / 3, 1e-3, 1e-5])
 @pytest.mark.parametrize("lowest", [0.1, 0.8, 0.80001, 1.0, 1.6180339, 2.3])
 def test_the_threshold_leaps_to_where_repeated_addition_would_arrive(step, lowest):
-    parameters, tau, number = PruningParameters(threshold_step=step), 0.8, 0
+    tau, number = 0.8, 0
     while np.float32(tau) <= np.float32(lowest) or number == 0:
         tau, number = tau + step, number + 1
-    assert token_pruning._next_accepting_round(0, np.float32(lowest), parameters) == number
+    found, threshold = Thresholds.of(PruningParameters(threshold_step=step)).leap(1, np.float32(lowest))
+    assert (found, threshold) == (number, np.float32(tau))
+
+
+@pytest.mark.parametrize("step", [5e-324, 1e-30, 1e-9, 0.1, 1.7e308])
+@pytest.mark.parametrize("first", [-1.7e308, -3e10, -1.0, 0.8])
+@pytest.mark.parametrize("lowest", [-1e30, -1.0, -1e-20, 0.0, 0.8, 1.5, 1e30])
+def test_a_leap_always_passes_the_lowest_score(step, first, lowest):
+    lowest = np.float32(lowest)
+    _, threshold = Thresholds.of(PruningParameters(threshold=first, threshold_step=step)).leap(0.0, lowest)
+    assert lowest < threshold < np.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -453,8 +497,8 @@ def test_aggregation_of_other_rows_than_selected_is_refused():
 
 def test_selection_describes_groups():
     hidden_states, keys = random_inputs((5, 6))
-    order, kept, members, offsets, shares = selection = select_tokens(hidden_states, keys, (5, 6), 7)
-    assert isinstance(selection, Selection) and shares.dtype == torch.float32
+    counts, order, kept, members, offsets, shares = selection = select_tokens(hidden_states, keys, (5, 6), 7)
+    assert isinstance(selection, Selection) and counts == (7,) and shares.dtype == torch.float32
     assert torch.equal(order.sort().values, kept) and torch.equal(members.sort().values, torch.arange(30))
     assert torch.equal(members[offsets], kept)
     groups = torch.tensor_split(shares, offsets[1:].tolist())
@@ -530,7 +574,7 @@ def test_torch_operations_grow_neither_with_the_budget_nor_with_the_token_batch(
             with Operations() as operations:
                 prune_tokens(hidden_states, keys, (16, 16), num_keep, PruningParameters(token_batch=token_batch))
             counts.add(operations.count)
-    assert len(counts) == 1 and counts.pop() < 200
+    assert len(counts) == 1 and counts.pop() < 240
 
 
 def test_no_tensor_larger_than_the_input_or_the_similarity():
