@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO
 
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-oldest bench bench-gpu lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,14 @@ test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= 
 
 test-oldest: .venv-oldest/.installed ## the tests, with the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BENCH_ARGS= is passed on
+	.venv/bin/python benchmarks/selection.py --output benchmarks/results $(BENCH_ARGS)
+	.venv/bin/python benchmarks/prefill.py --output benchmarks/results $(BENCH_ARGS)
+	.venv/bin/python benchmarks/decode.py --output benchmarks/results $(BENCH_ARGS)
+
+bench-gpu: ## all GPU tests and measurements, on a CUDA machine with what is installed there
+	$(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 lint: .venv/.installed ## check style
 	.venv/bin/ruff check .

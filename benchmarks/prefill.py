@@ -1,195 +1,180 @@
-"""Time prefill and decoding with and without pruning, on real models' geometry with random weights.
+"""How much faster is a prefill with fewer visual tokens? Real models' geometry, random weights, unpruned and pruned.
 
-`python benchmarks/prefill.py --model 0.5b --ratio 0.889 --batch 1 --repeats 20 [--device cuda --dtype bfloat16]`
+    python benchmarks/prefill.py --model llava-1.5-7b qwen2-vl-7b --batch 1 8
+    python benchmarks/prefill.py --input result.json --plot plot.png
 
-Prints the theory first, then medians after one run that does not count, then one JSON line. Image features are random and given
-as already encoded, so that the vision tower is not part of the time; the same code runs with the ratio 0, which is the stock
-model. The ideal ratio counts the decoder's multiplications as the paper does and nothing else; below some 150 tokens a GPU is
-bound by reading the weights, and can not reach it.
-
-Needs `pip install -e .`, and transformers 5.18 or later, where the stock model takes encoded images.
+For each model and batch it prints the theory, then a table of medians under each attention backend:
+- vision tower: encoding the pictures, with the projector.
+- prefill: the language model on encoded pictures, with finding and placing them, selection and merging, to the last logits.
+- selection: what the prefill does at the input of the pruning layer: choosing, merging and packing.
+- decode: a token of `generate` with a dynamic cache.
+- KV: bytes of the cache after the prefill. Peak: of the device's memory in a prefill, with the weights.
+Unpruned is the stock class of transformers. The ideal counts the multiplications of the decoder's layers alone; below some
+150 tokens a GPU is bound by reading the weights and can not reach it. The last line is one JSON object.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
 
 import torch
-import transformers
-from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from geometries import Theory, add_model_arguments, workloads
+from measurement import (
+    argument_parser,
+    decode_medians,
+    draw_bars,
+    encode,
+    environment,
+    fixed_features,
+    interleaved_medians,
+    run,
+    table,
+    timed,
+)
 
-from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
-from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
-from vlmpruner.pruned_decoder import GridView
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A language model's sizes and the grid of one image in front of it, as in the public checkpoint of that name."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    grid: tuple[int, int]
-    text_config: type = LlamaConfig
-
-    def config(self, ratio: float) -> VLMPrunerLlavaConfig:
-        text_config = self.text_config(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocabulary,
-        )
-        vision_config = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-        return VLMPrunerLlavaConfig(
-            text_config=text_config,
-            vision_config=vision_config,
-            image_token_index=1,
-            pruning_ratio=ratio,
-            vision_feature_layer=-1,
-        )
-
-    def layer_flops(self, tokens: int) -> float:
-        """Multiplications of one decoder layer over `tokens`: projections, attention, gated MLP."""
-        key_value = self.hidden * self.kv_heads // self.heads
-        projections = 2 * tokens * self.hidden**2 + 2 * tokens * self.hidden * key_value
-        return projections + 2 * tokens**2 * self.hidden + 3 * tokens * self.hidden * self.intermediate
+from vlmpruner.pruned_decoder import PruningPlan
 
 
-GEOMETRIES = {
-    "llava-1.5-7b": Geometry(4096, 11008, 32, 32, 32, 32064, (24, 24)),
-    "llava-1.5-13b": Geometry(5120, 13824, 40, 40, 40, 32064, (24, 24)),
-    "qwen2-7b": Geometry(3584, 18944, 28, 28, 4, 152064, (30, 47), Qwen2Config),
-    "0.5b": Geometry(896, 4864, 24, 14, 2, 32000, (35, 40), Qwen2Config),
-}
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 
-def ideal_ratio(geometry: Geometry, tokens: int, pruned_tokens: int, layer: int) -> float:
-    """How many times fewer multiplications the decoder's layers need."""
-    full, pruned = geometry.layer_flops(tokens), geometry.layer_flops(pruned_tokens)
-    return geometry.layers * full / (layer * full + (geometry.layers - layer) * pruned)
+def prefill(model, inputs: dict):
+    return model(**inputs, logits_to_keep=1, use_cache=True)
 
 
-def make_model(geometry: Geometry, ratio: float, device: str, dtype: torch.dtype, attn: str):
-    with torch.device("meta"):
-        model = VLMPrunerLlavaForConditionalGeneration(geometry.config(ratio))
-    model = model.to(dtype).to_empty(device=device).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    decoder = model.model.language_model
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
-    model.set_attn_implementation(attn)
-    return model
+def selection_seconds(model, inputs: dict, repeats: int, device: str) -> float:
+    """Median seconds that a prefill spends at the input of the pruning layer."""
+    seconds, before_layer = [], PruningPlan.before_layer
+
+    def timed_before_layer(plan, layer_idx, *args):
+        result, duration = timed(partial(before_layer, plan, layer_idx, *args), device)
+        if layer_idx == plan.layer:
+            seconds.append(duration)
+        return result
+
+    with patch.object(PruningPlan, "before_layer", timed_before_layer):
+        for _ in range(1 + repeats):
+            prefill(model, inputs)
+    return statistics.median(seconds[1:])
 
 
-def make_inputs(geometry: Geometry, batch: int, num_text: int, device: str, dtype: torch.dtype) -> dict:
-    height, width = geometry.grid
-    ids = torch.randint(2, geometry.vocabulary, (batch, height * width + num_text), device=device)
-    ids[:, 5 : 5 + height * width] = 1
-    features = [torch.randn(height * width, geometry.hidden, device=device, dtype=dtype) for _ in range(batch)]
-    for image in features:
-        image.grid_views = [GridView(height, width)]
-    return {"input_ids": ids, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+def cache_bytes(cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def timed(function, device: str):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+def peak_bytes(model, inputs: dict, device: str) -> int | None:
+    """Of the device's memory in a prefill; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    prefill(model, inputs)
+    return torch.cuda.max_memory_allocated(device)
 
 
-@torch.no_grad()
-def one_run(model, inputs: dict, ratio: float, steps: int, device: str) -> tuple[float, list[float], int]:
-    """Seconds of a prefill and of each decoded token, and the bytes of the cache after the prefill."""
-
-    def forward(**given):
-        return model(**given, logits_to_keep=1)
-
-    inputs = inputs | {"mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
-    outputs, prefill = timed(lambda: forward(**inputs, pruning_ratio=ratio, use_cache=True), device)
-    cache, token = outputs.past_key_values, outputs.logits.argmax(-1)
-    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    step_times = [timed(lambda: forward(input_ids=token, past_key_values=cache), device)[1] for _ in range(steps)]
-    return prefill, step_times[1:], cache_bytes
+def refusal(models: dict, attention: str) -> str | None:
+    """Set the attention backend of the models; why they refuse it, or None."""
+    try:
+        for model in models.values():
+            model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        return first_line(error)
+    return None
 
 
-def measure(model, inputs: dict, ratio: float, repeats: int, steps: int, device: str) -> dict:
-    """Medians of the prefill and of one decoded token, in seconds, and the bytes of the cache and at the peak."""
-    one_run(model, inputs, ratio, steps, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    runs = [one_run(model, inputs, ratio, steps, device) for _ in range(repeats)]
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def measure_attention(models: dict, inputs: dict, attention: str, theory: Theory, repeats: int, device: str) -> list[dict]:
+    """A row for the unpruned and one for the pruned model, which are set to this attention backend."""
+    tower = interleaved_medians({name: partial(encode, model, inputs) for name, model in models.items()}, repeats, device)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(fixed_features(model, inputs))
+        calls = {name: partial(prefill, model, inputs) for name, model in models.items()}
+        seconds = interleaved_medians(calls, repeats, device)
+        rows = [
+            {
+                "attention": attention,
+                "model": name,
+                "tower_s": tower[name],
+                "prefill_s": seconds[name],
+                "times_faster": seconds["unpruned"] / seconds[name],
+                "of_ideal": seconds["unpruned"] / seconds[name] / theory.ideal if name == "pruned" else None,
+                "selection_s": selection_seconds(model, inputs, repeats, device) if name == "pruned" else None,
+                "kv_bytes": cache_bytes(prefill(model, inputs).past_key_values),
+                "peak_bytes": peak_bytes(model, inputs, device),
+            }
+            for name, model in models.items()
+        ]
+        decode = decode_medians(models, inputs, repeats)
+    return [row | {"decode_s": decode[row["model"]]} for row in rows]
+
+
+def shown(row: dict) -> dict:
+    """A row as the table has it."""
+
+    def number(key: str, scale: float, digits: int) -> str:
+        return "" if row[key] is None else f"{scale * row[key]:.{digits}f}"
+
     return {
-        "prefill_s": statistics.median(prefill for prefill, _, _ in runs),
-        "decode_s": statistics.median(step for _, step_times, _ in runs for step in step_times),
-        "kv_bytes": runs[0][2],
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "attention": row["attention"],
+        "model": row["model"],
+        "vision tower ms": number("tower_s", 1e3, 1),
+        "prefill ms": number("prefill_s", 1e3, 1),
+        "times faster": number("times_faster", 1, 2),
+        "% of the ideal": number("of_ideal", 100, 0),
+        "selection ms": number("selection_s", 1e3, 2),
+        "decode ms": number("decode_s", 1e3, 2),
+        "KV MiB": number("kv_bytes", 2**-20, 1),
+        "peak MiB": number("peak_bytes", 2**-20, 0),
     }
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+def measure_attentions(models: dict, inputs: dict, theory: Theory, arguments: argparse.Namespace) -> tuple[list, dict]:
+    """The rows under each backend, and the backends that have none with the reason."""
+    rows, refused = [], {}
+    for attention in arguments.attention:
+        reason = refusal(models, attention)
+        if reason is None:
+            try:
+                rows += measure_attention(models, inputs, attention, theory, arguments.repeats, arguments.device)
+            except RuntimeError as error:  # out of memory, or a kernel that this device or dtype can not run
+                reason = first_line(error)
+        if reason is not None:
+            refused[attention] = reason
+    return rows, refused
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=GEOMETRIES, default="0.5b")
-    parser.add_argument("--ratio", type=float, default=0.889)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--text", type=int, default=60, help="text tokens around the image")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=4, help="decoded tokens after each prefill; the first does not count")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--attn", nargs="+", default=["sdpa"])
-    arguments = parser.parse_args()
-    geometry, device = GEOMETRIES[arguments.model], arguments.device
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    num_visual = geometry.grid[0] * geometry.grid[1]
-    num_kept = round(num_visual * (1 - arguments.ratio))
-    tokens, pruned_tokens = num_visual + arguments.text, num_kept + arguments.text
-    ideal = ideal_ratio(geometry, tokens, pruned_tokens, layer=2)
-    print(
-        f"{arguments.model}: {num_visual} visual tokens, {num_kept} kept, {arguments.text} text tokens, batch {arguments.batch}"
-    )
-    flops = 2 * arguments.batch * geometry.layers * geometry.layer_flops(tokens)
-    print(f"theory: {flops / 1e12:.2f} TFLOP unpruned, ideal ratio {ideal:.2f}")
-    print(f"on {hardware(device)}, {dtype}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print("| attention | ratio | prefill ms | times faster | of the ideal | decode ms | KV MiB |")
-    print("|---|---|---|---|---|---|---|")
-    results = []
-    for attn in arguments.attn:
-        model = make_model(geometry, arguments.ratio, device, dtype, attn)
-        inputs = make_inputs(geometry, arguments.batch, arguments.text, device, dtype)
-        base = None
-        for ratio in (0.0, arguments.ratio):
-            row = measure(model, inputs, ratio, arguments.repeats, arguments.steps, device)
-            base = base or row
-            gain = base["prefill_s"] / row["prefill_s"]
-            of_ideal = f"{gain / ideal:.0%}" if ratio else ""
-            print(
-                f"| {attn} | {ratio} | {row['prefill_s'] * 1e3:.1f} | {gain:.2f} | {of_ideal} "
-                f"| {row['decode_s'] * 1e3:.2f} | {row['kv_bytes'] / 2**20:.1f} |"
-            )
-            results.append({"attn": attn, "ratio": ratio, "times_faster": gain, **row})
-    print(json.dumps(vars(arguments) | {"hardware": hardware(device), "ideal": ideal, "results": results}))
+@torch.no_grad()
+def measure(arguments: argparse.Namespace) -> dict:
+    result = environment(arguments.device) | {"benchmark": "prefill", "dtype": arguments.dtype, "repeats": arguments.repeats}
+    result["runs"] = []
+    for setting, models, inputs, theory in workloads(arguments, result):
+        rows, refused = measure_attentions(models, inputs, theory, arguments)
+        print(table([shown(row) for row in rows]) if rows else "nothing measured")
+        for attention, reason in refused.items():
+            print(f"{attention} is not in the table: {reason}")
+        result["runs"].append(setting | {"rows": rows, "refused": refused})
+    return result
+
+
+def draw(result: dict, axes) -> None:
+    rows = [(run, row) for run in result["runs"] for row in run["rows"]]
+    labels = [f"{run['model']} x {run['batch']}, {row['attention']}, {row['model']}" for run, row in rows]
+    milliseconds = {part: [1e3 * (row[f"{part}_s"] or 0) for _, row in rows] for part in ("tower", "prefill", "selection")}
+    rest = [prefill - selection for prefill, selection in zip(milliseconds["prefill"], milliseconds["selection"], strict=True)]
+    stacks = {"vision tower": milliseconds["tower"], "selection": milliseconds["selection"], "rest of the prefill": rest}
+    draw_bars(axes, labels, stacks, "ms to the first token")
+
+
+def main() -> None:
+    parser = argument_parser(__doc__.splitlines()[0])
+    add_model_arguments(parser, batches_on_gpu=[1, 8])
+    parser.add_argument("--attention", nargs="+", default=ATTENTIONS)
+    run(parser.parse_args(), measure, draw)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,326 @@
+"""The benchmarks: theory against numbers worked out by hand and against real caches, and what they print, on shrunk models."""
+
+# ruff: noqa: E402 - the benchmarks are scripts in a folder of their own, which has to be on the path first
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import decode
+import gpu
+import measurement
+import prefill
+import selection
+from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory, make_inputs, make_models
+from measurement import fixed_features
+
+
+SMALL_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 1200,
+}
+SMALL_CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_VISION = {
+    "llava": SMALL_CLIP,
+    "llava_next": SMALL_CLIP,
+    "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    "qwen3_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+
+
+def shrunk(name: str, num_layers: int = 4, **changes) -> Geometry:
+    """A model with the pictures and the tokens of the real one, but narrow and shallow."""
+    geometry = GEOMETRIES[name]
+    text, vision = geometry.config["text_config"], geometry.config["vision_config"]
+    grouped = text["num_key_value_heads"] < text["num_attention_heads"]
+    small_text = text | SMALL_TEXT | {"num_key_value_heads": 2 if grouped else 4, "num_hidden_layers": num_layers}
+    ids = {"image_token_index": 1100}
+    if "rope_parameters" in text:
+        small_text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [2, 3, 3]}
+        small_text |= {"bos_token_id": 1, "eos_token_id": 2}
+        ids = {"image_token_id": 1100, "video_token_id": 1101, "vision_start_token_id": 1102, "vision_end_token_id": 1103}
+    config = geometry.config | ids | {"text_config": small_text, "vision_config": vision | SMALL_VISION[geometry.base]}
+    return replace(geometry, config=config, **changes)
+
+
+def tiny() -> Geometry:
+    return shrunk("0.5b", picture=(140, 168), grids=((5, 6),))
+
+
+def run_main(module, monkeypatch, capsys, *arguments) -> tuple[str, dict]:
+    """What a benchmark prints, and its last line as JSON. `0.5b` is tiny here."""
+    monkeypatch.setitem(GEOMETRIES, "0.5b", tiny())
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+# Theory
+
+
+def test_multiplications_of_a_layer_by_hand():
+    sizes = DecoderSizes(hidden=2, intermediate=3, layers=1, query=2, key_value=1, vocabulary=7)
+    # 10 tokens: queries 40, keys 20, values 20, output 40, scores and their sums over values 200 each, gated MLP 3 x 60
+    assert sizes.layer_multiplications(10) == 40 + 20 + 20 + 40 + 200 + 200 + 180
+
+
+def test_multiplications_are_the_papers_formula():
+    n, d, m = 636, 4096, 11008
+    sizes = DecoderSizes.of(GEOMETRIES["llava-1.5-7b"])
+    assert sizes.layer_multiplications(n) == 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
+    n, d, m, d_kv = 1470, 3584, 18944, 512
+    sizes = DecoderSizes.of(GEOMETRIES["qwen2-vl-7b"])
+    assert sizes.layer_multiplications(n) == 2 * n * d**2 + 2 * n * d * d_kv + 2 * n**2 * d + 3 * n * d * m
+
+
+@pytest.mark.parametrize(
+    ("name", "num_newlines", "ideal"),
+    [
+        ("llava-1.5-7b", 0, 4.1),
+        ("llava-1.5-13b", 0, 4.3),
+        ("qwen2-vl-7b", 0, 4.9),
+        ("llava-next-7b", 0, 5.8),
+        ("llava-next-7b", 48, 5.4),  # the newlines of 48 rows stay, which the 5.8 above does not count
+    ],
+)
+def test_ideal_ratios(name, num_newlines, ideal):
+    geometry = replace(GEOMETRIES[name], num_newlines=num_newlines)
+    assert round(Theory.of(Request(geometry), torch.bfloat16, bandwidth=1.0).ideal, 1) == ideal
+
+
+def test_bytes_and_floors_by_hand():
+    theory = Theory.of(Request(GEOMETRIES["llava-1.5-7b"], batch=8), torch.bfloat16, bandwidth=2e12)
+    assert (theory.tokens, theory.pruned_tokens) == (636, 124)
+    assert theory.weight_bytes == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064)
+    assert theory.kv_bytes == 2 * 2 * 8 * 4096 * 32 * 636
+    assert theory.pruned_kv_bytes == 2 * 2 * 8 * 4096 * (2 * 636 + 30 * 124)
+    assert theory.prefill_floor_s == theory.weight_bytes / 2e12
+    assert theory.pruned_decode_floor_s == (theory.weight_bytes + theory.pruned_kv_bytes) / 2e12
+
+
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "llava-1.5-13b"])
+def test_theory_counts_the_bytes_of_real_caches_and_weights(name):
+    request = Request(shrunk(name))
+    models = make_models(request.geometry, "cpu", torch.float32, pruning_ratio=request.ratio)
+    inputs = make_inputs(request, models["pruned"].config, "cpu", torch.float32)
+    theory = Theory.of(request, torch.float32, bandwidth=1.0)
+    found = {model: prefill.cache_bytes(prefill.prefill(models[model], inputs).past_key_values) for model in models}
+    assert found == {"unpruned": theory.kv_bytes, "pruned": theory.pruned_kv_bytes}
+    matrices = [*models["pruned"].model.language_model.layers.parameters(), models["pruned"].lm_head.weight]
+    assert theory.weight_bytes == sum(weight.nbytes for weight in matrices if weight.ndim == 2)
+
+
+def test_both_models_have_the_same_weights():
+    models = make_models(tiny(), "cpu", torch.float32, pruning_ratio=0.889)
+    unpruned, pruned = (dict(model.named_parameters(remove_duplicate=False)) for model in models.values())
+    assert type(models["unpruned"]).__module__.startswith("transformers.")
+    assert unpruned.keys() == pruned.keys()
+    assert all(unpruned[name].data_ptr() == pruned[name].data_ptr() for name in unpruned)
+
+
+# What is printed
+
+
+def test_prefill(monkeypatch, capsys, tmp_path):
+    printed, result = run_main(prefill, monkeypatch, capsys, "--repeats", 2, "--output", tmp_path)
+    assert printed.index("theory: ") < printed.index("| attention |")
+    assert "medians of 2, fewer than the 20 that a result needs" in printed
+    (run,) = result["runs"]
+    assert [(row["attention"], row["model"]) for row in run["rows"]] == [
+        ("eager", "unpruned"),
+        ("eager", "pruned"),
+        ("sdpa", "unpruned"),
+        ("sdpa", "pruned"),
+    ]
+    assert "FlashAttention2" in run["refused"]["flash_attention_2"]
+    assert f"flash_attention_2 is not in the table: {run['refused']['flash_attention_2']}" in printed
+    for row in run["rows"]:
+        assert row["kv_bytes"] == run["theory"]["kv_bytes" if row["model"] == "unpruned" else "pruned_kv_bytes"]
+        assert row["peak_bytes"] is None
+        assert min(row["tower_s"], row["prefill_s"], row["decode_s"]) > 0
+        assert (row["selection_s"] is not None) == (row["of_ideal"] is not None) == (row["model"] == "pruned")
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"prefill_0.5b_{measurement.hardware_slug(result)}.json"
+    assert json.loads(path.read_text()) == result
+
+
+def test_decoding_is_not_compiled_again_after_warming_up(monkeypatch, capsys):
+    """With the backend that only traces: what makes torch compile again is the same for all backends."""
+    printed, result = run_main(decode, monkeypatch, capsys, "--repeats", 4, "--images", 1, 2, "--compile-backend", "eager")
+    torch._dynamo.reset()
+    assert [run["images"] for run in result["runs"]] == [1, 2]
+    for run in result["runs"]:
+        dynamic, static = run["rows"]
+        assert (dynamic["cache"], dynamic["recompilations"]) == ("dynamic", None)
+        assert (static["cache"], static["recompilations"]) == ("static", 0)
+    assert "| static, compiled |" in printed
+
+
+def test_selection(monkeypatch, capsys):
+    arguments = "--tokens", 20, "--images", 1, 2, "--dtype", "float32", "--repeats", 1
+    printed, result = run_main(selection, monkeypatch, capsys, *arguments)
+    assert [(row["images"], row["token_batch"], row["kept"]) for row in result["rows"]] == [
+        (1, 16, 2),
+        (1, 1, 2),
+        (2, 16, 2),
+        (2, 1, 2),
+    ]
+    assert "| tokens | kept |" in printed
+
+
+@pytest.mark.parametrize("module", [prefill, decode, selection], ids=lambda module: module.__name__)
+def test_a_result_is_plotted_later(module, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"attention": "sdpa", "model": "pruned", "cache": "static", "ratio": 0.9, "tower_s": 1, "prefill_s": 2}
+    row |= {"selection_s": None, "images": 1, "tokens": 9, "dtype": "float32", "token_batch": 1, "total_s": 1}
+    run = {"model": "0.5b", "batch": 1, "theory": {"tokens": 9}, "rows": [row]}
+    result = measurement.environment("cpu") | {"repeats": 20, "runs": [run], "rows": [row]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    arguments = "--input", tmp_path / "result.json", "--plot", tmp_path / "plot.png"
+    assert run_main(module, monkeypatch, capsys, *arguments)[1] == result
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"--plot needs matplotlib.*--input"):
+        module.main()
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+hidden = ("torchvision", "matplotlib")
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in hidden else find(name, *rest)
+sys.path.insert(0, "tests")
+import test_benchmarks, geometries, decode, prefill
+geometries.GEOMETRIES["0.5b"] = test_benchmarks.tiny()
+sys.argv = ["prefill.py", "--repeats", "1", "--attention", "sdpa"]
+prefill.main()
+"""
+
+
+def test_no_more_is_needed_than_a_gpu_machine_has():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["runs"][0]["rows"]) == 2
+
+
+# One command for a GPU machine
+
+
+def test_the_gpu_command_says_where_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "tests"])
+def test_the_parts_of_the_gpu_command_are_legal(part, monkeypatch):
+    script, *options = gpu.PARTS[part]
+    module = {"selection": selection, "prefill": prefill, "decode": decode}[Path(script).stem]
+    parsed = []
+    monkeypatch.setattr(module, "run", lambda arguments, *_: parsed.append(arguments))
+    monkeypatch.setattr(sys, "argv", [script, *options, "--output", "x.json"])
+    module.main()
+    assert (ROOT / script).exists() and parsed[0].output == Path("x.json")
+
+
+def test_the_gpu_command_runs_what_is_not_there_yet(monkeypatch, capsys, tmp_path):
+    commands = []
+
+    def fake_run(command, **options):
+        commands.append(command)
+        assert (Path(options["env"]["PYTHONPATH"].split(":")[0]) / "vlmpruner" / "pruned_model.py").exists()
+        if "benchmarks/selection.py" in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda device: {"hardware": "NVIDIA H200", "device": device})
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    (tmp_path / "prefill_qwen2-vl-7b_nvidia_h200.json").write_text("{}")
+    parts = "tests", "selection", "prefill_qwen2-vl-7b", "prefill_qwen3-vl-4b"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--minutes", "9", "--output", str(tmp_path), "--parts", *parts])
+    assert gpu.main() == 1
+    assert [command[1] for command in commands] == ["-m", "benchmarks/selection.py", "benchmarks/prefill.py"]
+    assert commands[2][-1] == str(tmp_path / "prefill_qwen3-vl-4b_nvidia_h200.json")
+    printed = capsys.readouterr().out
+    assert "selection: stopped after" in printed
+    assert "prefill_qwen2-vl-7b: prefill_qwen2-vl-7b_nvidia_h200.json is there already" in printed
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--minutes", "0.1", "--output", str(tmp_path), "--parts", parts[-1]])
+    assert gpu.main() == 1
+    assert "not started, no time left" in capsys.readouterr().out
+
+
+# Operations of a decoded token, which show a slower one without a clock
+
+
+class CountOperations(TorchDispatchMode):
+    """A streamer that notes how many operations torch has run when each token comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.counts = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+    def put(self, tokens):
+        self.counts.append(self.count)
+
+    def end(self):
+        pass
+
+
+def operations_of_a_token(model, inputs: dict, **options) -> int:
+    with CountOperations() as operations, fixed_features(model, inputs):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, streamer=operations, **options)
+    return operations.counts[-1] - operations.counts[-2]
+
+
+def operations_added(name: str, num_layers: int, padding: int, **options) -> int:
+    """How many more operations the pruned model runs for a token than the stock one."""
+    request = Request(shrunk(name, num_layers), batch=2)
+    models = make_models(request.geometry, "cpu", torch.float32, pruning_ratio=request.ratio)
+    inputs = make_inputs(request, models["pruned"].config, "cpu", torch.float32)
+    inputs["attention_mask"][0, :padding] = 0
+    counts = {model: operations_of_a_token(models[model], inputs, **options) for model in models}
+    return counts["pruned"] - counts["unpruned"]
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2-vl-7b", "qwen3-vl-4b"])
+def test_a_decoded_token_costs_no_operation_more(name):
+    # `generate` of 5.17 hands a mask of ones to every step, which is looked at to find that no mask is needed.
+    assert operations_added(name, 4, padding=0) <= (7 if transformers.__version__.startswith("5.17.") else 0)
+
+
+@pytest.mark.parametrize("num_layers", [4, 6])
+@pytest.mark.parametrize(("padding", "cache"), [(3, None), (0, "static"), (3, "static")])
+def test_a_decoded_token_costs_at_most_one_mask_more(padding, cache, num_layers):
+    """Where the stock model makes a mask, the pruned one makes a second, shorter one: once a token, not once a layer."""
+    options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    assert 0 < operations_added("llava-1.5-7b", num_layers, padding, **options) <= 31
