@@ -1,0 +1,342 @@
+"""What pruning costs in answers: exact match on synthetic scenes, by method, ratio and question type.
+
+`python benchmarks/accuracy.py` measures the model at the root of this repo; `--model` any pruned model repo (see export.py).
+Scenes are those of training/scenes.py, split "test". Each configuration's answers are written as soon as they are known, and
+a second run goes on where the first stopped; results of other weights or questions are refused, not mixed.
+
+score      exact match, in percent, for each question type; greedy decoding, at most 12 tokens
+relative   mean over the types of score / unpruned score, as the paper averages its benchmarks, in percent
+interval   95 % of that mean, by a paired bootstrap over the questions (2,000 draws)
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training.scenes import QUESTION_TYPES, Question, Scene, ask, draw, make_scene  # noqa: E402
+
+
+RATIOS = (0.667, 0.778, 0.889, 0.944)
+METHODS = ("vlm_pruner", "random")
+MAX_NEW_TOKENS = 12
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+
+# The ablations of the paper's supplement: each value of a key with the paper's average (LLaVA-1.5-7B, 64 tokens).
+ABLATIONS = {
+    "pruning_num_pivots": dict(zip(range(1, 9), (94.36, 94.46, 94.41, 95.30, 94.68, 95.25, 94.55, 94.40), strict=True)),
+    "pruning_num_channels": {16: None, 32: None, 64: None, 128: 95.25, 256: 95.30},
+    "pruning_threshold": dict(zip((0.6, 0.7, 0.8, 0.9, 1.0), (94.64, 94.60, 95.30, 92.99, 91.00), strict=True)),
+    "pruning_token_batch": dict(zip((1, 2, 4, 8, 16), (95.62, 95.64, 95.38, 95.20, 95.30), strict=True)),
+    "pruning_aggregation_weight": {
+        0.2: 94.98,
+        0.3: 95.30,
+        0.4: 95.34,
+        0.5: 95.66,
+        0.6: 95.68,
+        0.7: 95.60,
+        0.8: 95.47,
+        1.0: 95.07,
+    },
+    "pruning_layer": dict(zip((1, 2, 3, 4), (93.65, 95.30, 94.86, 94.91), strict=True)),
+    "pruning_spatial_weight": {0.0: None, 0.5: 95.30},
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row: a method, the fraction removed, config keys that differ from the model's, and whether pictures are noise."""
+
+    method: str
+    ratio: float
+    changes: dict = field(default_factory=dict)
+    blind: bool = False
+
+    @property
+    def name(self) -> str:
+        words = ["unpruned" if self.ratio == 0 else f"{self.method} {self.ratio}"]
+        words += [f"{key.removeprefix('pruning_')}={value}" for key, value in self.changes.items()]
+        return " ".join([*words, "blind"] if self.blind else words)
+
+
+def normalised(answer: str) -> str:
+    """Lower case, without surrounding space, final punctuation and quotes; number words as digits."""
+    text = re.sub(r"\s+", " ", answer).strip().strip("\"'.,!?: ").lower()
+    return NUMBER_WORDS.get(text, text)
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Exact match after normalisation. An empty answer is wrong."""
+    return bool(normalised(answer)) and normalised(answer) == normalised(expected)
+
+
+def collect_questions(per_type: int, split: str = "test") -> list[tuple[Scene, Question]]:
+    """The first `per_type` questions of every type, scene after scene from seed 0."""
+    missing, chosen, seed = dict.fromkeys(QUESTION_TYPES, per_type), [], 0
+    while any(missing.values()):
+        scene = make_scene(split, seed)
+        for question in ask(scene):
+            if missing[question.kind]:
+                missing[question.kind] -= 1
+                chosen.append((scene, question))
+        seed += 1
+    return chosen
+
+
+class RememberedFeatures:
+    """Image features by picture: no configuration changes them, so each batch of pictures is encoded once."""
+
+    def __init__(self, model):
+        self.encode, self.known = model.model.get_image_features, {}
+        model.model.get_image_features = self
+
+    def __call__(self, pixel_values, *args, **kwargs):
+        key = hashlib.sha256(pixel_values.detach().float().cpu().contiguous().numpy()).digest()
+        if key not in self.known:
+            self.known[key] = self.encode(pixel_values, *args, **kwargs)
+            self.known[key]["hidden_states"] = None
+        return self.known[key]
+
+
+def noise_picture(size: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size, size, 3)).astype(np.uint8))
+
+
+@torch.inference_mode()
+def evaluate(model, processor, questions: list, configuration: Configuration, batch_size: int, progress=tqdm) -> dict:
+    """Answer all questions.
+
+    Returns:
+        right: for each type a string of 0 and 1; num_visual, num_kept: means over the pictures; seconds.
+
+    Raises:
+        RuntimeError: a configuration that should prune left a picture unpruned.
+    """
+    keys = {"pruning_method": configuration.method, "pruning_ratio": configuration.ratio} | configuration.changes
+    before = {key: getattr(model.config, key) for key in keys}
+    torch.manual_seed(0)
+    right, counts, start = dict.fromkeys(QUESTION_TYPES, ""), [], time.perf_counter()
+    try:
+        for key, value in keys.items():
+            setattr(model.config, key, value)
+        for first in progress(range(0, len(questions), batch_size), desc=configuration.name, unit="batch", leave=False):
+            part = questions[first : first + batch_size]
+            answers, record = answer_batch(model, processor, part, configuration.blind)
+            for (_, question), answer in zip(part, answers, strict=True):
+                right[question.kind] += "01"[is_right(answer, question.answer)]
+            if record is not None:
+                counts += [(image.num_visual, image.num_kept) for image in record.images]
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
+    result = {"right": right, "seconds": round(time.perf_counter() - start, 1)}
+    if configuration.ratio > 0:
+        if len(counts) < len(questions):
+            raise RuntimeError(f"{configuration.name}: only {len(counts)} of {len(questions)} pictures were pruned.")
+        visual, kept = np.mean(counts, axis=0)
+        result |= {"num_visual": float(visual), "num_kept": float(kept)}
+    return result
+
+
+def answer_batch(model, processor, questions: list, blind: bool = False) -> tuple[list[str], object]:
+    """Greedy answers to questions about scenes, and the record of what was kept (None when nothing was pruned)."""
+    pictures = {scene: noise_picture(scene.size, scene.seed) if blind else draw(scene) for scene, _ in questions}
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
+            add_generation_prompt=True,
+        )
+        for _, question in questions
+    ]
+    inputs = processor(
+        images=[pictures[scene] for scene, _ in questions], text=prompts, padding=True, padding_side="left", return_tensors="pt"
+    ).to(model.device, model.dtype)
+    outputs = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+    new_tokens = outputs.sequences[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new_tokens, skip_special_tokens=True), model.get_pruning_record(outputs)
+
+
+def scores(right: dict[str, str]) -> dict[str, float]:
+    """Percent right for each type."""
+    return {kind: 100 * outcome.count("1") / len(outcome) for kind, outcome in right.items()}
+
+
+def relative(right: dict[str, str], unpruned: dict[str, str], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean over the types of score / unpruned score in percent, and the ends of its 95 % interval.
+
+    Paired bootstrap: questions are drawn with replacement within each type, the same for both.
+    """
+    rng, means = np.random.RandomState(0), np.zeros(draws + 1)
+    for kind, outcome in right.items():
+        pairs = np.array([list(map(int, outcome)), list(map(int, unpruned[kind]))])
+        chosen = rng.randint(0, len(outcome), size=(draws + 1, len(outcome)))
+        chosen[0] = np.arange(len(outcome))
+        here, there = pairs[:, chosen].sum(-1)
+        means += 100 * here / np.maximum(there, 1) / len(right)
+    return means[0], *np.percentile(means[1:], (2.5, 97.5))
+
+
+def wilson(right: str) -> tuple[float, float]:
+    """95 % interval of a share, in percent (Wilson, 1927)."""
+    n, p, z = len(right), right.count("1") / len(right), 1.959964
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
+
+
+class Results:
+    """The JSON file: what was measured with, and one entry for each configuration, written after every one."""
+
+    def __init__(self, path: Path, fingerprint: dict, about: dict):
+        self.path, self.content = path, fingerprint | {"about": about, "results": {}}
+        if path.exists():
+            found = json.loads(path.read_text())
+            different = [key for key, value in fingerprint.items() if found.get(key) != value]
+            if different:
+                raise ValueError(f"{path} was measured with another {' and '.join(different)}. Remove it, or give --output.")
+            self.content = found
+        self.results = self.content["results"]
+
+    def add(self, configuration: Configuration, result: dict):
+        self.results[configuration.name] = asdict(configuration) | result
+        text = json.dumps(self.content, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".new").write_text(text + "\n")
+        os.replace(self.path.with_suffix(".new"), self.path)
+
+
+def markdown(results: dict) -> str:
+    """Main table, blind row included, and one table for each ablation."""
+    unpruned = results["unpruned"]["right"]
+    lines = ["| method | removed | tokens kept | " + " | ".join(QUESTION_TYPES) + " | relative [95 %] |"]
+    lines.append("|---" * (len(QUESTION_TYPES) + 4) + "|")
+    for entry in results.values():
+        if not entry["changes"]:
+            lines.append(_row(entry, unpruned))
+    base = next((entry for entry in results.values() if entry["changes"]), None)
+    for key, values in ABLATIONS.items() if base else ():
+        lines += ["", f"`{key}`, {base['ratio']} removed:", "", "| value | relative [95 %] | paper |", "|---|---|---|"]
+        for value, paper in values.items():
+            entry = results.get(Configuration(base["method"], base["ratio"], {key: value}).name)
+            if entry:
+                lines.append(f"| {value} | {_interval(relative(entry['right'], unpruned))} | {paper or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(found: tuple[float, float, float]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*found)
+
+
+def _row(entry: dict, unpruned: dict) -> str:
+    by_type = scores(entry["right"])
+    name = "blind (noise for the picture)" if entry["blind"] else "unpruned" if entry["ratio"] == 0 else entry["method"]
+    removed = f"{100 * entry['ratio']:.1f} %" if entry["ratio"] else "-"
+    kept = f"{entry['num_kept']:.0f} of {entry['num_visual']:.0f}" if "num_kept" in entry else "all"
+    cells = [
+        name,
+        removed,
+        kept,
+        *(f"{by_type[kind]:.1f}" for kind in QUESTION_TYPES),
+        _interval(relative(entry["right"], unpruned)),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(results: dict, path: Path):
+    """Relative score over tokens kept, one line for each method, with 95 % intervals."""
+    from matplotlib import pyplot
+
+    unpruned = results["unpruned"]["right"]
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
+    entries = [entry for entry in results.values() if entry["ratio"] and not entry["changes"] and not entry["blind"]]
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        points = sorted(
+            (entry["num_kept"], *relative(entry["right"], unpruned)) for entry in entries if entry["method"] == method
+        )
+        kept, middle, low, high = np.array(points).T
+        axes.errorbar(kept, middle, yerr=(middle - low, high - middle), marker="o", capsize=3, label=method)
+    axes.axhline(100, color="grey", linewidth=0.8, linestyle="--", label="unpruned")
+    axes.set(xlabel="visual tokens kept", ylabel="score, % of unpruned", xscale="log")
+    ticks = sorted({round(entry["num_kept"]) for entry in entries})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def fingerprint_of(model_path: Path, questions: list) -> dict:
+    """What results depend on: the weights, and the questions with the pictures they are about (the first ten, by pixel)."""
+    weights = hashlib.sha256()
+    for file in sorted(model_path.glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    asked = hashlib.sha256(repr([asdict(question) for _, question in questions]).encode())
+    for scene, _ in questions[:10]:
+        asked.update(draw(scene).tobytes())
+    return {"weights": weights.hexdigest()[:16], "questions": asked.hexdigest()[:16]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="beside the unpruned model; random is always among them")
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--per-type", type=int, default=200, help="questions of each type")
+    parser.add_argument("--ablations", action="store_true", help="the ablations of the paper's supplement, at 0.889")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    RememberedFeatures(model)
+    questions = collect_questions(options.per_type)
+    about = {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "per_type": options.per_type,
+    }
+    results = Results(options.output, fingerprint_of(options.model, questions), about)
+    configurations = [Configuration("none", 0), Configuration("none", 0, blind=True)]
+    configurations += [
+        Configuration(method, ratio)
+        for method in dict.fromkeys([*options.methods, "random"])
+        for ratio in options.ratios
+        if ratio > 0
+    ]
+    if options.ablations:
+        configurations += [Configuration("vlm_pruner", 0.889, {key: value}) for key in ABLATIONS for value in ABLATIONS[key]]
+    for configuration in tqdm(configurations, desc="configurations"):
+        if configuration.name not in results.results:
+            results.add(configuration, evaluate(model, processor, questions, configuration, options.batch_size))
+    table = markdown(results.results)
+    options.output.with_suffix(".md").write_text(table)
+    plot(results.results, options.output.with_suffix(".png"))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

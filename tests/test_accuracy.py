@@ -1,0 +1,94 @@
+"""The accuracy benchmark: scoring, averages, intervals, and a run that goes on where it stopped."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import accuracy
+from benchmarks.accuracy import Configuration, Results, collect_questions, is_right, markdown, relative, scores, wilson
+from training.scenes import QUESTION_TYPES
+
+
+@pytest.mark.parametrize("answer", ["CASTLE", " castle ", "Castle.", '"castle"', "CASTLE\n"])
+def test_spelling_does_not_count_but_the_word_does(answer):
+    assert is_right(answer, "CASTLE")
+
+
+@pytest.mark.parametrize("answer", ["", " ", ".", "CASTLES", "CASTL", "the castle", "C A S T L E", "no"])
+def test_everything_else_is_wrong(answer):
+    assert not is_right(answer, "CASTLE")
+
+
+def test_number_words_are_numbers():
+    assert is_right("three", "3") and is_right("3.", "3")
+    assert not is_right("thirteen", "3") and not is_right("33", "3")
+
+
+def test_questions_are_the_same_number_of_each_type():
+    questions = collect_questions(5)
+    kinds = [question.kind for _, question in questions]
+    assert {kind: kinds.count(kind) for kind in QUESTION_TYPES} == dict.fromkeys(QUESTION_TYPES, 5)
+    assert questions[:20] == collect_questions(5)[:20]
+    assert all(scene.split == "test" for scene, _ in questions)
+
+
+def test_relative_is_the_mean_of_the_ratios_and_its_interval_holds_it():
+    unpruned = {"a": "1111111100", "b": "1111100000"}
+    right = {"a": "1111000000", "b": "1111100000"}
+    assert scores(right) == {"a": 40, "b": 50}
+    middle, low, high = relative(right, unpruned)
+    assert middle == pytest.approx((50 + 100) / 2)
+    assert low < middle < high
+    assert relative(unpruned, unpruned) == (100, 100, 100)  # paired: no difference has no interval
+
+
+def test_wilson_interval():
+    low, high = wilson("1" * 9 + "0")
+    assert (low, high) == (pytest.approx(59.6, abs=0.1), pytest.approx(98.2, abs=0.1))
+
+
+def entry(method="vlm_pruner", ratio=0.889, changes=None, blind=False, share="10"):
+    counts = {"num_visual": 576.0, "num_kept": 64.0} if ratio else {}
+    right = dict.fromkeys(QUESTION_TYPES, share)
+    return {"method": method, "ratio": ratio, "changes": changes or {}, "blind": blind, "right": right, "seconds": 1.0} | counts
+
+
+def test_tables_show_what_was_measured_beside_the_paper():
+    results = {
+        "unpruned": entry("none", 0, share="11"),
+        "vlm_pruner 0.889": entry(),
+        "vlm_pruner 0.889 token_batch=1": entry(changes={"pruning_token_batch": 1}, share="11"),
+    }
+    text = markdown(results)
+    assert "| vlm_pruner | 88.9 % | 64 of 576 | 50.0 |" in text
+    assert "| 1 | 100.0 [100.0, 100.0] | 95.62 |" in text
+    assert "pruning_num_pivots" not in text.replace("`pruning_num_pivots`, 0.889 removed", "") or "| 1 | " in text
+
+
+def test_results_of_other_weights_are_refused(tmp_path):
+    path = tmp_path / "accuracy.json"
+    configuration = Configuration("vlm_pruner", 0.889)
+    Results(path, {"weights": "a", "questions": "b"}, {}).add(configuration, {"right": {"read": "1"}})
+    assert list(Results(path, {"weights": "a", "questions": "b"}, {}).results) == [configuration.name]
+    with pytest.raises(ValueError, match="another weights"):
+        Results(path, {"weights": "c", "questions": "b"}, {})
+
+
+def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
+    measured = []
+
+    def evaluate(model, processor, questions, configuration, batch_size):
+        measured.append(configuration.name)
+        return {
+            key: value for key, value in entry(ratio=configuration.ratio).items() if key in ("right", "num_kept", "num_visual")
+        }
+
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    output = tmp_path / "accuracy.json"
+    for ratios in (["0.889"], ["0.889", "0.667"]):
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", "--per-type", "1", "--output", str(output), "--ratios", *ratios])
+        accuracy.main()
+    assert measured == ["unpruned", "unpruned blind", "vlm_pruner 0.889", "random 0.889", "vlm_pruner 0.667", "random 0.667"]
+    assert set(json.loads(output.read_text())["results"]) == set(measured)
+    assert output.with_suffix(".md").exists() and output.with_suffix(".png").exists()
