@@ -434,6 +434,8 @@ class PruningPlan:
         if self.prepared_mask is not None:
             return self.prepared_mask
         padding_mask = continued_padding_mask(cache, self.attention_mask, hidden_states.shape[1])
+        if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable:
+            return None  # one token sees all entries: as under every backend without a mask, and without the work of making one
         return self._causal_mask(hidden_states, padding_mask, cache)
 
     def _causal_mask(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
