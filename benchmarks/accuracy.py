@@ -182,23 +182,23 @@ def scores(right: dict[str, str]) -> dict[str, float]:
 def relative(right: dict[str, str], unpruned: dict[str, str], draws: int = 2000) -> tuple[float, float, float]:
     """Mean over the types of score / unpruned score in percent, and the ends of its 95 % interval.
 
-    Paired bootstrap: questions are drawn with replacement within each type, the same for both.
+    Paired bootstrap: questions are drawn with replacement within each type, the same for both. A type of which the unpruned
+    model answers nothing has no such ratio and is left out.
+
+    Raises:
+        ValueError: the unpruned model answers nothing at all.
     """
+    answered = {kind: outcome for kind, outcome in right.items() if "1" in unpruned[kind]}
+    if not answered:
+        raise ValueError("The unpruned model answered no question right, so nothing can be relative to it.")
     rng, means = np.random.RandomState(0), np.zeros(draws + 1)
-    for kind, outcome in right.items():
+    for kind, outcome in answered.items():
         pairs = np.array([list(map(int, outcome)), list(map(int, unpruned[kind]))])
         chosen = rng.randint(0, len(outcome), size=(draws + 1, len(outcome)))
         chosen[0] = np.arange(len(outcome))
         here, there = pairs[:, chosen].sum(-1)
-        means += 100 * here / np.maximum(there, 1) / len(right)
+        means += 100 * here / np.maximum(there, 1) / len(answered)
     return means[0], *np.percentile(means[1:], (2.5, 97.5))
-
-
-def wilson(right: str) -> tuple[float, float]:
-    """95 % interval of a share, in percent (Wilson, 1927)."""
-    n, p, z = len(right), right.count("1") / len(right), 1.959964
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 
 
 class Results:
@@ -293,6 +293,22 @@ def fingerprint_of(model_path: Path, questions: list) -> dict:
     return {"weights": weights.hexdigest()[:16], "questions": asked.hexdigest()[:16]}
 
 
+def load(path: Path) -> tuple:
+    """The model, its processor, and what they run on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype=dtype).to(device).eval()
+    RememberedFeatures(model)
+    about = {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=True), about
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo")
@@ -305,21 +321,9 @@ def main():
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, dtype=dtype).to(device).eval()
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    RememberedFeatures(model)
+    model, processor, about = load(options.model)
     questions = collect_questions(options.per_type)
-    about = {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "per_type": options.per_type,
-    }
-    results = Results(options.output, fingerprint_of(options.model, questions), about)
+    results = Results(options.output, fingerprint_of(options.model, questions), about | {"per_type": options.per_type})
     configurations = [Configuration("none", 0), Configuration("none", 0, blind=True)]
     configurations += [
         Configuration(method, ratio)

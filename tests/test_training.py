@@ -1,5 +1,6 @@
 """The training of the small model: reproducible, resumable, and its batches say what they mean."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,10 @@ from training.scenes import ask, draw, make_scene
 def small(monkeypatch, tmp_path):
     """Few and small pictures, and no checkpoint or log of the real run."""
     monkeypatch.setattr(train, "WORK", tmp_path / "work")
+    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "kept")
     monkeypatch.setattr(train, "LOG", tmp_path / "log.jsonl")
-    monkeypatch.setattr(train, "TOWER_LEVELS", ((60, 6, 2, 1),))
-    monkeypatch.setattr(train, "DECODER_LEVELS", ((60, 6, (1, 2), (0, 1), 1),))
+    monkeypatch.setattr(train, "TOWER_LEVELS", ((60, 6, 6, 0.75, 2, 1),))
+    monkeypatch.setattr(train, "DECODER_LEVELS", ((60, 6, (1, 2), (0, 1), 1, 0.5),))
     monkeypatch.setattr(train, "JOIN_SCENES", 1)
     monkeypatch.setattr(train, "PROJECTOR_STEPS", 2)
 
@@ -40,6 +42,19 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(small):
     straight = train.train_decoder(until=8)
     small()
     assert train.train_decoder(until=5) + train.train_decoder(until=8) == straight
+
+
+def test_a_clone_goes_on_from_the_weights_that_were_kept(small):
+    small()
+    train.train_decoder(until=3)
+    weights = torch.load(train.WORK / "decoder.pt")["modules"]
+    train.keep()
+    small()
+    kept = train.stopped_at("decoder")
+    assert kept["step"] == 3
+    for name, weight in weights.items():
+        torch.testing.assert_close(kept["modules"][name].float(), weight, atol=1e-6, rtol=0.01)
+    assert len(train.train_decoder(until=5)) == 2
 
 
 def test_the_joined_model_starts_from_both_parts(small):
@@ -69,18 +84,23 @@ def test_crops_of_the_tower_are_the_tower_on_the_whole_picture():
 def test_packed_questions_are_answered_as_if_each_were_alone():
     """A branch of the packed sequence has the logits of the plain prompt; what is predicted is the answer and its end."""
     tokenizer, scene = train.tokenizer(), make_scene("train", 1, 84)
-    batch = train.collate([train.pack(scene, 36, turns=False)])
+    shown = np.random.RandomState(0).random_sample(36) < 0.5
+    batch = train.collate([train.pack(scene, shown, turns=False)]) | {"shown": torch.from_numpy(shown)[None]}
     model = build_model(tokenizer).eval()
-    visual = torch.randn(36, 192)
+    visual, num_shown = torch.randn(1, 36, 192), int(shown.sum())
     losses = []
     with torch.no_grad():
         together, outcomes = train.answer_loss(model, visual, batch)
         for question in ask(scene):
-            text = f"<s>USER: {'<image>' * 36}\n{question.text} ASSISTANT: {question.answer}</s>"
+            text = f"<s>USER: {'<image>' * num_shown}\n{question.text} ASSISTANT: {question.answer}</s>"
             ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
             prompt = len(tokenizer(text.split("ASSISTANT:")[0] + "ASSISTANT:", add_special_tokens=False).input_ids)
-            embeds = model.get_input_embeddings()(ids).masked_scatter((ids == model.config.image_token_id)[..., None], visual)
-            logits = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)[0, prompt - 1 : -1]
+            image = (ids == model.config.image_token_id)[..., None]
+            embeds = model.get_input_embeddings()(ids).masked_scatter(image, visual[:, shown])
+            first = int(image[0].nonzero()[0, 0])
+            places = [*range(first), *(first + shown.nonzero()[0]), *range(first + 36, ids.shape[1] + 36 - num_shown)]
+            states = model.model.language_model(inputs_embeds=embeds, position_ids=torch.tensor([places])).last_hidden_state
+            logits = model.lm_head(states)[0, prompt - 1 : -1]
             losses += torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="none").tolist()
     assert together.item() == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert sum(total for _, total in outcomes.values()) == len(ask(scene))
@@ -95,6 +115,6 @@ def test_turns_are_the_chat_template():
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
     expected = train.tokens_of(processor.apply_chat_template(messages))
-    packed = train.pack(scene, 1, turns=True)
+    packed = train.pack(scene, np.ones(1, dtype=bool), turns=True)
     assert tuple(packed["ids"]) == expected
     assert packed["positions"] == list(range(len(expected)))

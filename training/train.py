@@ -1,9 +1,10 @@
-"""Train the small model on two CPU cores: `python -m training.train STAGE`, or all stages after another without one.
+"""Train the small model, on two CPU cores or a GPU: `python -m training.train STAGE`; without a stage, the first four.
 
 tower    The vision tower alone, supervised per patch with what the generator knows, on crops around writing and shapes.
 decoder  The decoder alone, fed with embeddings of the true patch labels, from small grids with few objects to whole scenes.
 join     Tower, projector and decoder together on pictures; the losses are the answers' and, fading out, the patches'.
 publish  Write the result to the root of the repo.
+keep     Write the weights of all checkpoints to training/checkpoints/, where a new clone goes on.
 
 Every stage writes a checkpoint and goes on from it when started again; batches are a function of stage and step only, so a
 run that was interrupted sees the same scenes. Lines of training/log.jsonl: stage, step, seconds, losses, accuracies.
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,25 +37,33 @@ from .scenes import LABELS, PATCH, Scene, ask, draw, make_scene, patch_labels
 
 
 HERE = Path(__file__).resolve().parent
-WORK, LOG = HERE / "work", HERE / "log.jsonl"
+WORK, CHECKPOINTS, LOG = HERE / "work", HERE / "checkpoints", HERE / "log.jsonl"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 0
 WIDTH = 192
 
-# Crops of the tower stage: until which step, crop side in patches, crops a scene, scenes a step.
-TOWER_LEVELS = ((2900, 6, 8, 8), (3900, 12, 4, 5), (4300, 24, 1, 4))
-# Levels of the decoder stage: until which step, side in patches, shapes, signs, scenes a step.
-DECODER_LEVELS = (
-    (1000, 8, (1, 2), (0, 1), 16),
-    (1300, 12, (1, 4), (0, 1), 12),
-    (2300, 16, (2, 5), (1, 2), 8),
-    (2700, 24, (2, 6), (1, 3), 4),
+# Crops of the tower stage: until which step, rows and columns of patches, part around signs, crops a scene, scenes a step.
+TOWER_LEVELS = (
+    (2900, 6, 6, 0.75, 8, 8),
+    (3900, 12, 12, 0.75, 4, 5),
+    (4300, 24, 24, 0.75, 1, 4),
+    (6000, 6, 20, 0.85, 3, 7),
 )
-JOIN_STEPS = 1500
+SPARSE = 0.15  # part of the background's patches that the decoder is shown, where not all
+# Levels of the decoder stage: until which step, side in patches, shapes, signs, scenes a step, part of the background.
+DECODER_LEVELS = (
+    (1000, 8, (1, 2), (0, 1), 16, 1),
+    (1300, 12, (1, 4), (0, 1), 12, 1),
+    (2300, 16, (2, 5), (1, 2), 8, 1),
+    (3500, 24, (2, 6), (1, 3), 8, SPARSE),
+)
+JOIN_STEPS = 850
 JOIN_SCENES = 8  # a step
-PROJECTOR_STEPS = 150  # of the join stage, in which the projector alone is fitted
+SPARSE_UNTIL = 800  # of the join stage
+PROJECTOR_STEPS = 120  # of the join stage, in which the projector alone is fitted
 STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "join": JOIN_STEPS}
-LEARNING_RATE = {"tower": 5e-4, "decoder": 6e-4, "join": 6e-4}
-DECAY = {"tower": 0.1, "decoder": 0.3, "join": 0.6}  # part of the steps over which the rate goes down
+LEARNING_RATE = {"tower": 1e-3, "decoder": 6e-4, "join": 6e-4}
+DECAY = {"tower": 0.15, "decoder": 0.15, "join": 0.6}  # part of the steps over which the rate goes down
 IGNORE = -100
 
 
@@ -71,39 +82,39 @@ class TowerBatches(Dataset):
         return STEPS["tower"]
 
     def __getitem__(self, step: int) -> dict:
-        _, side, per_scene, scenes = level_at(TOWER_LEVELS, step)
-        rng = random.Random(f"crops {step}")
-        crops = []
+        _, rows, columns, around_signs, per_scene, scenes = level_at(TOWER_LEVELS, step)
+        rng, crops = random.Random(f"crops {step}"), []
         for number in range(scenes):
             scene = make_scene("train", scene_seed("tower", step, number), num_shapes=(3, 8), num_signs=(2, 4))
-            crops += self._crops(rng, scene, side, per_scene)
+            pixels, labels = np.asarray(draw(scene)), patch_labels(scene)
+            for _ in range(per_scene):
+                things = scene.signs if rng.random() < around_signs else scene.shapes
+                box = rng.choice(things or scene.signs or scene.shapes).box
+                row, column = _start(rng, box[1::2], rows), _start(rng, box[::2], columns)
+                crops.append(_crop(scene, pixels, labels, slice(row, row + rows), slice(column, column + columns)))
         return {name: torch.from_numpy(np.stack([crop[name] for crop in crops])) for name in crops[0]}
 
-    def _crops(self, rng: random.Random, scene: Scene, side: int, count: int):
-        pixels, labels = np.asarray(draw(scene)), patch_labels(scene)
-        boxes = [box for sign in scene.signs for box in sign.letters]
-        for _ in range(count):
-            pool = boxes if boxes and rng.random() < 0.75 else [shape.box for shape in scene.shapes] or boxes
-            box = rng.choice(pool)
-            corner = []
-            for low, high in ((box[1], box[3]), (box[0], box[2])):
-                start = (low + high) // 2 // PATCH - side // 2 + rng.randint(-side // 4, side // 4)
-                corner.append(min(max(start, 0), GRID - side))
-            row, column = corner
-            part = slice(row, row + side), slice(column, column + side)
-            crop = {name: label[part].copy() for name, label in labels.items()}
-            for sign in scene.signs:  # a letter's place in its sign can not be seen where the sign is cut
-                left, top, right, bottom = (edge / PATCH for edge in sign.box)
-                if left < column or top < row or right > column + side or bottom > row + side:
-                    down = slice(max(0, int(top - row)), max(0, int(bottom - row) + 1))
-                    across = slice(max(0, int(left - column)), max(0, int(right - column) + 1))
-                    for name in ("place", "last"):
-                        crop[name][down, across] = IGNORE
-            rows, columns = np.mgrid[part]
-            yield crop | {
-                "pixels": pixels[row * PATCH : (row + side) * PATCH, column * PATCH : (column + side) * PATCH],
-                "positions": (rows * GRID + columns).reshape(-1),
-            }
+
+def _start(rng: random.Random, ends: tuple[int, int], patches: int) -> int:
+    """First patch of a crop along one axis: one that holds all between the ends, pixels, where it is long enough."""
+    first, last = max(0, -(-ends[1] // PATCH) - patches), min(GRID - patches, ends[0] // PATCH)
+    if first > last:  # longer than the crop: any part of it
+        first, last = sorted(min(max(end, 0), GRID - patches) for end in (last, first))
+    return rng.randint(first, last)
+
+
+def _crop(scene: Scene, pixels: np.ndarray, labels: dict, rows: slice, columns: slice) -> dict:
+    """A part of a picture with its labels. A letter's place in its sign can not be seen where the sign is cut: ignored."""
+    crop = {name: label.copy() for name, label in labels.items()}
+    for sign in scene.signs:
+        left, top, right, bottom = (edge / PATCH for edge in sign.box)
+        if left < columns.start or top < rows.start or right > columns.stop or bottom > rows.stop:
+            for name in ("place", "last"):
+                crop[name][int(top) : int(bottom) + 1, int(left) : int(right) + 1] = IGNORE
+    crop = {name: label[rows, columns] for name, label in crop.items()}
+    y, x = np.mgrid[rows, columns]
+    part = pixels[rows.start * PATCH : rows.stop * PATCH, columns.start * PATCH : columns.stop * PATCH]
+    return crop | {"pixels": part, "positions": (y * GRID + x).reshape(-1)}
 
 
 @lru_cache(maxsize=1)
@@ -116,26 +127,35 @@ def tokens_of(text: str) -> tuple[int, ...]:
     return tuple(tokenizer()(text, add_special_tokens=False).input_ids)
 
 
-def pack(scene: Scene, num_visual: int, turns: bool) -> dict:
+def pack(scene: Scene, shown: np.ndarray, turns: bool) -> dict:
     """All questions of a scene in one sequence.
 
     As a chat of several turns, or (`turns` False) as branches: every question follows the picture, in position and in what it
     may attend to, as if it were the only one.
+
+    Args:
+        scene: what is asked about.
+        shown: [patches] bool, which patches the sequence holds; the others leave a gap in the positions, as pruned tokens do.
+        turns: one chat, in place of branches.
 
     Returns:
         ids, positions, targets (IGNORE where no answer is predicted), segment (0 for what all see), question (number, -1 if
         none): lists of one length; kinds: of the questions.
     """
     image = tokens_of("<image>")[0]
-    ids = [*tokens_of("<s>"), *tokens_of("USER: "), *[image] * num_visual]
-    prefix = len(ids)
-    segment, question, answers, positions = [0] * prefix, [-1] * prefix, [False] * prefix, list(range(prefix))
+    start = [*tokens_of("<s>"), *tokens_of("USER: ")]
+    places = shown.nonzero()[0]
+    ids = [*start, *[image] * len(places)]
+    positions = [*range(len(start)), *(len(start) + places).tolist()]
+    segment, question, answers = [0] * len(ids), [-1] * len(ids), [False] * len(ids)
+    end_of_picture = end = len(start) + len(shown)
     questions = ask(scene)
     for number, item in enumerate(questions):
         head = "USER: " if turns and number else "\n"
         prompt, answer = tokens_of(f"{head}{item.text} ASSISTANT:"), (*tokens_of(f" {item.answer}"), *tokens_of("</s>"))
-        start = len(ids) if turns else prefix
-        positions += range(start, start + len(prompt) + len(answer))
+        begin = end if turns else end_of_picture
+        end = begin + len(prompt) + len(answer)
+        positions += range(begin, end)
         ids += [*prompt, *answer]
         segment += [0 if turns else number + 1] * (len(prompt) + len(answer))
         question += [-1] * len(prompt) + [number] * len(answer)
@@ -172,17 +192,21 @@ class AnswerBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict:
         if self.stage == "decoder":
-            _, side, shapes, signs, count = level_at(DECODER_LEVELS, step)
+            _, side, shapes, signs, count, background = level_at(DECODER_LEVELS, step)
         else:
             side, shapes, signs, count = GRID, (2, 6), (1, 3), JOIN_SCENES
+            background = SPARSE if step < SPARSE_UNTIL else 1
         scenes = [
             make_scene("train", scene_seed(self.stage, step, number), side * PATCH, shapes, signs) for number in range(count)
         ]
-        batch = collate([pack(scene, side * side, turns=step % 5 == 4) for scene in scenes])
+        rng = np.random.RandomState(step)
         labels = [patch_labels(scene) for scene in scenes]
+        # Most of a picture is background, which says nothing and costs as much as the rest.
+        shown = [(label["color"].ravel() > 0) | (rng.random_sample(side * side) < background) for label in labels]
+        batch = collate([pack(*each, turns=step % 5 == 4) for each in zip(scenes, shown, strict=True)])
+        batch["shown"] = torch.from_numpy(np.stack(shown))
         batch |= {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in LABELS}
         # Small grids stand anywhere in the large one, so that every position is learned.
-        rng = np.random.RandomState(step)
         corners = rng.randint(0, GRID - side + 1, size=(count, 2))
         grid = np.arange(side)
         places = (corners[:, :1, None] + grid[:, None]) * GRID + corners[:, 1:, None] + grid
@@ -241,14 +265,18 @@ def tower_features(tower: nn.Module, pixels: torch.Tensor, positions: torch.Tens
 
 
 def answer_loss(model: nn.Module, visual: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy of the answers, mean over their tokens, and for each question type how many are right as a whole."""
+    """Cross-entropy of the answers, mean over their tokens, and for each question type how many are right as a whole.
+
+    Args:
+        visual: [pictures, patches, width], what the decoder reads.
+    """
     embeds = model.get_input_embeddings()(batch["ids"])
     image = batch["ids"] == model.config.image_token_id
-    embeds = embeds.masked_scatter(image[..., None], visual)
+    embeds = embeds.masked_scatter(image[..., None], visual[batch["shown"]])
     segment = batch["segment"]
     length = segment.shape[1]
     sees = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    sees &= torch.ones(length, length, dtype=torch.bool).tril()
+    sees &= torch.ones(length, length, dtype=torch.bool, device=sees.device).tril()
     states = model.model.language_model(
         inputs_embeds=embeds, attention_mask=sees[:, None], position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
@@ -265,11 +293,36 @@ def answer_loss(model: nn.Module, visual: torch.Tensor, batch: dict) -> tuple[to
     return loss, {kind: (sum(found), len(found)) for kind, found in outcomes.items()}
 
 
+def stopped_at(stage: str) -> dict | None:
+    """Where a stage stopped: its own checkpoint, else the one in the repo (weights alone, in bfloat16), else None."""
+    own, kept = WORK / f"{stage}.pt", CHECKPOINTS / f"{stage}.safetensors"
+    if own.exists():
+        return torch.load(own, map_location=DEVICE)
+    if not kept.exists():
+        return None
+    with safe_open(kept, "pt") as file:
+        numbers = {name: float(value) for name, value in file.metadata().items()}
+        modules = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    return {"modules": modules, "step": int(numbers["step"]), "seconds": numbers["seconds"]}
+
+
+def keep(until: int | None = None):
+    """Write the weights of each stage's checkpoint to the repo, so that a later run goes on from there."""
+    CHECKPOINTS.mkdir(exist_ok=True)
+    for own in sorted(WORK.glob("*.pt")):
+        saved = torch.load(own, map_location="cpu")
+        modules = {name: value.to(torch.bfloat16).contiguous() for name, value in saved["modules"].items()}
+        if "model.lm_head.weight" in modules:  # tied
+            modules["model.lm_head.weight"] = modules["model.lm_head.weight"].clone()
+        numbers = {"step": str(saved["step"]), "seconds": str(round(saved["seconds"]))}
+        save_file(modules, CHECKPOINTS / f"{own.stem}.safetensors", metadata=numbers)
+
+
 class Trainer:
     """One stage: modules, optimiser, schedule, checkpoint, log."""
 
     def __init__(self, stage: str, modules: nn.ModuleDict):
-        self.stage, self.modules, self.step, self.seconds = stage, modules, 0, 0.0
+        self.stage, self.modules, self.step, self.seconds = stage, modules.to(DEVICE), 0, 0.0
         inner = [weight for name, weight in modules.named_parameters() if weight.ndim == 2 and ".layers." in name]
         other = [weight for name, weight in modules.named_parameters() if weight.ndim != 2 or ".layers." not in name]
         self.optimizers = [
@@ -278,10 +331,9 @@ class Trainer:
             torch.optim.AdamW(other, lr=LEARNING_RATE[stage], weight_decay=0.0, betas=(0.9, 0.98)),
         ]
         self.path = WORK / f"{stage}.pt"
-        if self.path.exists():
-            saved = torch.load(self.path)
+        if saved := stopped_at(stage):
             modules.load_state_dict(saved["modules"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            for optimizer, state in zip(self.optimizers, saved.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(state)
             self.step, self.seconds = saved["step"], saved["seconds"]
 
@@ -295,7 +347,7 @@ class Trainer:
         loader = DataLoader(
             torch.utils.data.Subset(batches, range(self.step, until)),
             batch_size=None,
-            num_workers=1,
+            num_workers=max(1, os.cpu_count() // 2),
             prefetch_factor=4,
             worker_init_fn=lambda _: torch.set_num_threads(1),
         )
@@ -304,6 +356,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate()
+            batch = {name: part.to(DEVICE) if torch.is_tensor(part) else part for name, part in batch.items()}
             loss, numbers = loss_of(batch, self.step)
             self.modules.zero_grad()
             loss.backward()
@@ -367,12 +420,11 @@ def train_join(until: int | None = None):
     torch.manual_seed(SEED)
     model, heads, patches = build_model(tokenizer()), PatchHeads(), PatchEmbedding()
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    modules = nn.ModuleDict({"model": model, "heads": heads})
-    if not (WORK / "join.pt").exists():
-        parts = torch.load(WORK / "tower.pt")["modules"]
-        nn.ModuleDict({"tower": tower, "heads": heads}).load_state_dict(parts)
-        parts = torch.load(WORK / "decoder.pt")["modules"]
-        nn.ModuleDict({"model": model, "patches": patches}).load_state_dict(parts, strict=False)
+    modules = nn.ModuleDict({"model": model, "heads": heads, "patches": patches.requires_grad_(False)})
+    if stopped_at("join") is None:
+        nn.ModuleDict({"tower": tower, "heads": heads}).load_state_dict(stopped_at("tower")["modules"])
+        parts = nn.ModuleDict({"model": model, "patches": patches})
+        parts.load_state_dict(stopped_at("decoder")["modules"], strict=False)  # all but tower and projector
 
     def loss_of(batch, step):
         fitting = step < PROJECTOR_STEPS  # the projector alone learns to say what the decoder was trained on
@@ -380,21 +432,19 @@ def train_join(until: int | None = None):
             features = tower_features(tower, batch["pixels"], batch["positions_2d"])
         visual = projector(features)
         if fitting:
-            wanted = patches(batch, batch["positions_2d"]).detach()
+            wanted = patches(batch, batch["positions_2d"])
             return (visual - wanted).square().mean() / wanted.var(), {}
         patch_loss, right = heads.losses(features, batch)
         loss, outcomes = answer_loss(model, visual, batch)
-        share = 0.1 * max(0, 1 - step / JOIN_STEPS)
+        share = 0.2 * max(0, 1 - step / JOIN_STEPS)
         return loss + share * patch_loss, {"answers": loss.item()} | right | outcomes
 
-    if (WORK / "join.pt").exists():
-        patches = None
     return Trainer("join", modules).run(AnswerBatches("join"), loss_of, until=until)
 
 
 def publish(until: int | None = None):
     """Write the trained model to the root of the repo, in bfloat16, as export.py makes a pruned model repo."""
-    model, modules = build_model(tokenizer()), torch.load(WORK / "join.pt")["modules"]
+    model, modules = build_model(tokenizer()), stopped_at("join")["modules"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in modules.items() if name.startswith("model.")})
     model.generation_config.update(do_sample=False, max_new_tokens=12)
     with tempfile.TemporaryDirectory() as folder:
@@ -407,7 +457,7 @@ def publish(until: int | None = None):
                 shutil.copyfile(file, HERE.parent / file.name)
 
 
-STAGES = {"tower": train_tower, "decoder": train_decoder, "join": train_join, "publish": publish}
+STAGES = {"tower": train_tower, "decoder": train_decoder, "join": train_join, "publish": publish, "keep": keep}
 
 
 def main():
@@ -415,9 +465,13 @@ def main():
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage; all of them if not given")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--until", type=int, help="stop at this step")
+    parser.add_argument("--from-scratch", action="store_true", help="do not start from training/checkpoints/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for stage in [options.stage] if options.stage else STAGES:
+    if options.from_scratch:
+        global CHECKPOINTS
+        CHECKPOINTS = WORK / "none"
+    for stage in [options.stage] if options.stage else ("tower", "decoder", "join", "publish"):
         STAGES[stage](options.until)
 
 
