@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO
 
-.PHONY: help demo test test-oldest bench bench-gpu lint format clean
+.PHONY: help demo test test-oldest train accuracy bench bench-gpu lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= 
 
 test-oldest: .venv-oldest/.installed ## the tests, with the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+train: .venv/.installed ## train the small model at the root again, hours on a CPU; goes on from its last checkpoint
+	.venv/bin/python -m training.train $(TRAIN_ARGS)
+
+accuracy: .venv/.installed ## what pruning costs the small model in answers, with the paper's ablations
+	.venv/bin/python benchmarks/accuracy.py --ablations $(ACCURACY_ARGS)
 
 bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BENCH_ARGS= is passed on
 	.venv/bin/python benchmarks/selection.py --output benchmarks/results $(BENCH_ARGS)

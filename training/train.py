@@ -57,9 +57,9 @@ DECODER_LEVELS = (
     (2300, 16, (2, 5), (1, 2), 8, 1),
     (3500, 24, (2, 6), (1, 3), 8, SPARSE),
 )
-JOIN_STEPS = 850
+JOIN_STEPS = 1500
 JOIN_SCENES = 8  # a step
-SPARSE_UNTIL = 800  # of the join stage
+SPARSE_UNTIL = 1100  # of the join stage
 PROJECTOR_STEPS = 120  # of the join stage, in which the projector alone is fitted
 STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "join": JOIN_STEPS}
 LEARNING_RATE = {"tower": 1e-3, "decoder": 6e-4, "join": 6e-4}
