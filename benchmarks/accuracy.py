@@ -1,6 +1,7 @@
 """What pruning costs in answers: exact match on synthetic scenes, by method, ratio and question type.
 
-`python benchmarks/accuracy.py` measures the model at the root of this repo; `--model` any pruned model repo (see export.py).
+`python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, this repo, as soon as
+its root holds a trained model (see training/README.md).
 Scenes are those of training/scenes.py, split "test". Each configuration's answers are written as soon as they are known, and
 a second run goes on where the first stopped; results of other weights or questions are refused, not mixed.
 
@@ -311,7 +312,7 @@ def load(path: Path) -> tuple:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo")
+    parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
     parser.add_argument("--methods", nargs="*", default=METHODS, help="beside the unpruned model; random is always among them")
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--per-type", type=int, default=200, help="questions of each type")
@@ -319,6 +320,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     options = parser.parse_args()
+    if not (options.model / "config.json").is_file():
+        parser.error(f"--model {options.model} holds no config.json. Give a pruned model repo, such as export.py makes.")
     transformers.logging.set_verbosity_error()
 
     model, processor, about = load(options.model)

@@ -90,9 +90,21 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "load", lambda path: (None, None, {}))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     output = tmp_path / "accuracy.json"
+    (tmp_path / "config.json").write_text("{}")
     for ratios in (["0.889"], ["0.889", "0.667"]):
-        monkeypatch.setattr(sys, "argv", ["accuracy.py", "--per-type", "1", "--output", str(output), "--ratios", *ratios])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["accuracy.py", "--model", str(tmp_path), "--per-type", "1", "--output", str(output), "--ratios", *ratios],
+        )
         accuracy.main()
     assert measured == ["unpruned", "unpruned blind", "vlm_pruner 0.889", "random 0.889", "vlm_pruner 0.667", "random 0.667"]
     assert set(json.loads(output.read_text())["results"]) == set(measured)
     assert output.with_suffix(".md").exists() and output.with_suffix(".png").exists()
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert f"{tmp_path} holds no config.json" in capsys.readouterr().err
