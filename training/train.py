@@ -243,6 +243,8 @@ class PatchHeads(nn.Module):
         total, right = features.new_zeros(()), {}
         for name, head in self.heads.items():
             logits, target = head(features).flatten(0, 1), labels[name].flatten()
+            if (target == IGNORE).all():
+                continue
             weight = logits.new_ones(logits.shape[1])
             weight[0] = 0.1
             total = total + F.cross_entropy(logits, target, weight, ignore_index=IGNORE)
