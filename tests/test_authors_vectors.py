@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import DATA
 from safetensors import safe_open
+from test_device_selection import select_in_torch
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -13,19 +14,14 @@ from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerQwe
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
 from vlmpruner.pruned_decoder import GridView
-from vlmpruner.token_pruning import SELECTORS, Selection
-from vlmpruner.token_pruning_device import select_packed_in_torch
+from vlmpruner.token_pruning import SELECTORS
 
 
 @pytest.fixture(params=["cpu", "device"], autouse=True)
 def path(request, monkeypatch):
     """Selection on a CPU, and as on a GPU."""
-
-    def select(hidden_states, keys, batch, parameters):
-        return Selection(*select_packed_in_torch(hidden_states, keys.transpose(0, 1).flatten(1), batch, parameters))
-
     if request.param == "device":
-        monkeypatch.setitem(SELECTORS, "vlm_pruner", select)
+        monkeypatch.setitem(SELECTORS, "vlm_pruner", select_in_torch)
 
 
 def load_case(name):
