@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,11 +63,13 @@ def test_tables_show_what_was_measured_beside_the_paper():
         "unpruned": entry("none", 0, share="11"),
         "vlm_pruner 0.889": entry(),
         "vlm_pruner 0.889 token_batch=1": entry(changes={"pruning_token_batch": 1}, share="11"),
+        "vlm_pruner 0.889 num_channels=128": entry(changes={"pruning_num_channels": 128}, share="11"),
     }
-    text = markdown(results)
+    text = markdown(results, 4096)
     assert "| vlm_pruner | 88.9 % | 64 of 576 | 50.0 |" in text
     assert "| 1 | 100.0 [100.0, 100.0] | 95.62 |" in text
-    assert "pruning_num_pivots" not in text.replace("`pruning_num_pivots`, 0.889 removed", "") or "| 1 | " in text
+    assert "| 128 | 100.0 [100.0, 100.0] | 95.25 |" in text  # a 32nd of the channels, as in the paper
+    assert "| 2 | " not in text  # nothing is shown of a value that was not measured
 
 
 def test_results_of_other_weights_are_refused(tmp_path):
@@ -87,7 +90,8 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
             key: value for key, value in entry(ratio=configuration.ratio).items() if key in ("right", "num_kept", "num_visual")
         }
 
-    monkeypatch.setattr(accuracy, "load", lambda path: (None, None, {}))
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=192)))
+    monkeypatch.setattr(accuracy, "load", lambda path: (model, None, {}))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     output = tmp_path / "accuracy.json"
     (tmp_path / "config.json").write_text("{}")
