@@ -26,10 +26,10 @@ test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= 
 test-oldest: .venv-oldest/.installed ## the tests, with the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) $(PYTEST_ARGS)
 
-train: .venv/.installed ## train the small model at the root again, hours on a CPU; goes on from its last checkpoint
+train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on from its last checkpoint
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
 
-accuracy: .venv/.installed ## what pruning costs the small model in answers, with the paper's ablations
+accuracy: .venv/.installed ## what pruning costs in answers; ACCURACY_ARGS="--model FOLDER" while the root holds no model
 	.venv/bin/python benchmarks/accuracy.py --ablations $(ACCURACY_ARGS)
 
 bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BENCH_ARGS= is passed on

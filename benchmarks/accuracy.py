@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,9 @@ class RememberedFeatures:
         return self.known[key]
 
 
+picture_of = lru_cache(maxsize=1000)(draw)
+
+
 def noise_picture(size: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size, size, 3)).astype(np.uint8))
 
@@ -167,7 +171,7 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
 
 def answer_batch(model, processor, questions: list, blind: bool = False) -> tuple[list[str], object]:
     """Greedy answers to questions about scenes, and the record of what was kept (None when nothing was pruned)."""
-    pictures = {scene: noise_picture(scene.size, scene.seed) if blind else draw(scene) for scene, _ in questions}
+    pictures = {scene: noise_picture(scene.size, scene.seed) if blind else picture_of(scene) for scene, _ in questions}
     prompts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],

@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
         steps: of the iteration that orthogonalises.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.05, steps: int = 4):
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.3, steps: int = 4):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
 
     @torch.no_grad()

@@ -318,27 +318,36 @@ def _corners(kind: str, left: int, top: int, side: int) -> list[tuple[float, flo
     return [(float(left + x * side), float(top + y * side)) for x, y in unit]
 
 
-LABELS = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "letter": 1 + len(LETTERS), "place": 1 + MAX_LETTERS, "last": 3}
+LABELS = {
+    "color": 1 + len(COLORS),
+    "shape": 1 + len(SHAPES),
+    "letter": 1 + len(LETTERS),
+    "place": 1 + MAX_LETTERS,
+    "last": 3,
+    "middle": 2,
+}
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     """What each patch shows: for each of `LABELS` an array [rows, columns] int64, 0 where there is none.
 
     color: of the shape or sign; shape; letter: the one with the largest part of the patch; place: 1 for a sign's first letter;
-    last: 1 for a letter that is not a sign's last, 2 for the last.
+    last: 1 for a letter that is not a sign's last, 2 for the last; middle: 1 where the middle of a shape is, once for each.
     """
     side = scene.size // PATCH
     labels = {name: np.zeros((side, side), dtype=np.int64) for name in LABELS}
     colors = list(COLORS)
     for shape in scene.shapes:
-        covered = _coverage(shape.box, side) >= 0.4
+        covered = coverage(shape.box, side) >= 0.4
         labels["color"][covered] = 1 + colors.index(shape.color)
         labels["shape"][covered] = 1 + SHAPES.index(shape.kind)
+        column, row = (int(place) // PATCH for place in shape.center)
+        labels["middle"][row, column] = 1
     for sign in scene.signs:
-        labels["color"][_coverage(sign.box, side) >= 0.4] = 1 + colors.index(sign.color)
+        labels["color"][coverage(sign.box, side) >= 0.4] = 1 + colors.index(sign.color)
         best = np.full((side, side), 0.2)
         for place, (letter, box) in enumerate(zip(sign.text, sign.letters, strict=True)):
-            part = _coverage(box, side)
+            part = coverage(box, side)
             larger = part > best
             best[larger] = part[larger]
             labels["letter"][larger] = 1 + LETTERS.index(letter)
@@ -347,7 +356,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     return labels
 
 
-def _coverage(box: Sequence[int], side: int) -> np.ndarray:
+def coverage(box: Sequence[int], side: int) -> np.ndarray:
     """[side, side]: the part of each patch that lies in a box of pixels."""
     starts = np.arange(side) * PATCH
     across = np.clip(np.minimum(starts + PATCH, box[2]) - np.maximum(starts, box[0]), 0, None)
@@ -359,7 +368,7 @@ def ask(scene: Scene) -> list[Question]:
     """The questions of a scene, at most two of each type, in an order of its own. Yes and no are equally likely."""
     rng = random.Random(f"{scene.split} {scene.seed} {scene.size} questions")
     questions = [*_about_signs(scene), *_about_existence(rng, scene), *_about_looks(rng, scene), *_about_number(rng, scene)]
-    questions += _about_relation(rng, scene)
+    questions += about_relation(rng, scene)
     rng.shuffle(questions)
     return questions
 
@@ -367,7 +376,12 @@ def ask(scene: Scene) -> list[Question]:
 def _about_signs(scene: Scene) -> list[Question]:
     if len(scene.signs) == 1:
         return [Question("read", "What does the sign say?", scene.signs[0].text)]
-    return [Question("read_color", f"What is written on the {sign.color} sign?", sign.text) for sign in scene.signs[:2]]
+    return [about_sign(sign) for sign in scene.signs[:2]]
+
+
+def about_sign(sign: Sign) -> Question:
+    """Among several; each sign of a scene has a color of its own."""
+    return Question("read_color", f"What is written on the {sign.color} sign?", sign.text)
 
 
 def _about_existence(rng: random.Random, scene: Scene) -> list[Question]:
@@ -412,7 +426,7 @@ def _about_number(rng: random.Random, scene: Scene) -> list[Question]:
     return [Question("count", f"How many {kind}{'es' if kind == 'cross' else 's'} are there?", str(number))]
 
 
-def _about_relation(rng: random.Random, scene: Scene) -> list[Question]:
+def about_relation(rng: random.Random, scene: Scene) -> list[Question]:
     pairs = [(shape.color, shape.kind) for shape in scene.shapes]
     single = [shape for shape in scene.shapes if pairs.count((shape.color, shape.kind)) == 1]
     far = [
