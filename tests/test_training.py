@@ -98,7 +98,7 @@ def test_the_published_model_loads_and_is_scored(small, tmp_path):
     for stage in train.STAGES.values():
         stage(until=3)
     train.keep()
-    weight = train.stopped_at("join")["modules"]["model.model.language_model.layers.3.mlp.up_proj.weight"]
+    weight = train.stopped_at("settle")["modules"]["model.model.language_model.layers.3.mlp.up_proj.weight"]
     repo = tmp_path / "repo"
     repo.mkdir()
     for file in ROOT.glob("*.py"):

@@ -1,9 +1,10 @@
-"""Train the small model, on two CPU cores or a GPU: `python -m training.train STAGE`; without a stage, the first five.
+"""Train the small model, on two CPU cores or a GPU: `python -m training.train STAGE`; without a stage, the first six.
 
 tower    The vision tower alone, supervised per patch with what the generator knows, on crops around writing and shapes.
 decoder  The decoder alone, fed with embeddings of the true patch labels, from small grids with few objects to whole scenes.
 projector  The projector alone, to say what the tower sees in the decoder's embeddings of labels.
 join     Tower, projector and decoder together on pictures; the losses are the answers' and, fading out, the patches'.
+settle   The same for a few steps, in half of which the decoder is shown all of the background, as it will be.
 publish  Write the result to the root of the repo.
 keep     Write the weights of the parts to training/checkpoints/, where a new clone goes on.
 
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +78,18 @@ DECODER_LEVELS = (
     (3300, 24, (2, 6), (1, 3), 8, SPARSE),
 )
 JOIN_SCENES = 8  # a step, also of the projector stage
-STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "projector": 300, "join": 820}
-LEARNING_RATE = {"tower": 1e-3, "decoder": 1e-3, "projector": 3e-3, "join": 2e-4}
-DECAY = {"tower": 0.15, "decoder": 0.4, "projector": 0.7, "join": 0.9}  # part of the steps over which the rate goes down
+STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "projector": 300, "join": 820, "settle": 100}
+LEARNING_RATE = {"tower": 1e-3, "decoder": 1e-3, "projector": 3e-3, "join": 2e-4, "settle": 2e-4}
+DECAY = {
+    "tower": 0.15,
+    "decoder": 0.4,
+    "projector": 0.7,
+    "join": 0.9,
+    "settle": 0.7,
+}  # part of the steps over which the rate goes down
 # Of the losses of answers by type, where not 1.
 WEIGHTS = {"decoder": {"count": 3.0, "relation": 3.0}, "join": {"count": 2.0, "read": 3.0, "read_color": 3.0}}
+WEIGHTS["settle"] = WEIGHTS["join"]
 MORE_RELATIONS = 6  # questions about each scene in the decoder stage
 EASY_UNTIL = 2200  # of the decoder stage: relations of two kinds
 POINTING_LAYER, TEACHING = 3, 0.3  # whose first two heads are taught where to look, and the weight of those losses
@@ -284,7 +292,7 @@ class AnswerBatches(Dataset):
             _, side, shapes, signs, count, background = level_at(DECODER_LEVELS, step)
         else:
             side, shapes, signs, count = GRID, (2, 6), (1, 3), JOIN_SCENES
-            background = SPARSE
+            background = 1 if self.stage == "settle" and step % 2 else SPARSE
         scenes = [
             make_scene("train", scene_seed(self.stage, step, number), side * PATCH, shapes, signs) for number in range(count)
         ]
@@ -458,10 +466,10 @@ def stopped_at(stage: str) -> dict | None:
 def keep():
     """Write the weights of the stages' checkpoints to the repo, so that a later run goes on from there.
 
-    All but those of the last, which stand at the root when they are published.
+    All but those of the whole model, which stand at the root when they are published.
     """
     CHECKPOINTS.mkdir(exist_ok=True)
-    for own in sorted(set(WORK.glob("*.pt")) - {WORK / "join.pt"}):
+    for own in sorted(set(WORK.glob("*.pt")) - {WORK / "join.pt", WORK / "settle.pt"}):
         saved = torch.load(own, map_location="cpu")
         modules = {name: value.to(torch.bfloat16) for name, value in saved["modules"].items()}
         numbers = {"step": str(saved["step"]), "seconds": str(round(saved["seconds"]))}
@@ -596,12 +604,14 @@ def load_parts(model: nn.Module, *others: nn.Module) -> tuple[nn.Module, nn.Modu
     return tower, projector
 
 
-def train_join(until: int | None = None):
+def train_join(until: int | None = None, stage: str = "join"):
     torch.manual_seed(SEED)
     model, heads, where = build_model(tokenizer()), PatchHeads(), nn.Linear(WIDTH, 4)
     modules = nn.ModuleDict({"model": model, "where": where, "heads": heads})
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    if stopped_at("join") is None:
+    if stage == "settle" and stopped_at(stage) is None:
+        modules.load_state_dict(stopped_at("join")["modules"])
+    elif stopped_at(stage) is None:
         load_parts(model, heads, PatchEmbedding(), where)
         nn.ModuleDict({"projector": projector}).load_state_dict(stopped_at("projector")["modules"])
 
@@ -609,10 +619,10 @@ def train_join(until: int | None = None):
         features = tower_features(tower, batch["pixels"], batch["positions_2d"])
         patch_loss, right = heads.losses(features, batch)
         loss, outcomes = answer_loss(model, where, projector(features), batch)
-        share = 0.5 * max(0, 1 - step / STEPS["join"])
+        share = 0.5 * max(0, 1 - step / STEPS["join"]) if stage == "join" else 0
         return loss + share * patch_loss, {f"patch {name}": value for name, value in right.items()} | outcomes
 
-    return Trainer("join", modules).run(AnswerBatches("join"), loss_of, until=until)
+    return Trainer(stage, modules).run(AnswerBatches(stage), loss_of, until=until)
 
 
 def publish():
@@ -621,8 +631,8 @@ def publish():
 
 
 def write_repo(folder: Path):
-    """The files of the joined model, without the code."""
-    model, modules = build_model(tokenizer()), stopped_at("join")["modules"]
+    """The files of the trained model, without the code."""
+    model, modules = build_model(tokenizer()), stopped_at("settle")["modules"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in modules.items() if name.startswith("model.")})
     model.generation_config.update(do_sample=False, max_new_tokens=12)
     with tempfile.TemporaryDirectory() as made:
@@ -636,12 +646,13 @@ def write_repo(folder: Path):
 
 
 STAGES = {"tower": train_tower, "decoder": train_decoder, "projector": train_projector, "join": train_join}
+STAGES["settle"] = partial(train_join, stage="settle")
 OTHERS = {"publish": publish, "keep": keep}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="?", choices=STAGES | OTHERS, help="by default the first five, in turn")
+    parser.add_argument("stage", nargs="?", choices=STAGES | OTHERS, help="by default the first six, in turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--until", type=int, help="stop at this step")
     parser.add_argument("--from-scratch", action="store_true", help="do not start from training/checkpoints/")
