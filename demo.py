@@ -2,7 +2,8 @@
 
 `python demo.py [--model FOLDER_OR_ID] [--image FILE] [--question TEXT] [--ratio FRACTION]`; `make demo` sets up an environment
 first. The model is a repo made by export.py, or a base checkpoint of a supported family, which is exported to a temporary
-folder. Without one it is this repo, or, as long as the repo has no weights, a tiny random model from the tests.
+folder. Without one it is this repo, whose small model was trained on drawn scenes (training/README.md); the picture is one of
+them that it was not trained on.
 
 Times are medians of a few runs after one that is not counted. Decoding is greedy.
 """
@@ -18,17 +19,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from export import CONFIG, ROOT, Base, config_classes, export_model, readable
+from export import ROOT, Base, config_classes, export_model, readable
 
 
-TINY_MODEL = ROOT / "tests" / "data" / "checkpoints" / "llava"
-TINY_NOTE = (
-    "This is a tiny random model: its words are meaningless, and it is too small to gain time. The token counts are real."
-)
-QUESTION = "What is written on the sign?"
+SCENE = ROOT / "docs" / "scene.png"
+SCENE_QUESTION = "What is written on the black sign?"
 PICTURE = Path("demo_output") / "kept.png"
 
 
@@ -44,35 +42,19 @@ class Run:
     record: object
 
 
-def draw_scene() -> Image.Image:
-    """A house with a sign, under the sun."""
-    scene = Image.new("RGB", (640, 480), (126, 190, 238))
-    draw = ImageDraw.Draw(scene)
-    draw.ellipse((440, 36, 520, 116), fill=(255, 214, 74))
-    draw.ellipse((-160, 300, 440, 640), fill=(104, 168, 92))
-    draw.ellipse((240, 330, 860, 700), fill=(82, 148, 78))
-    draw.rectangle((120, 220, 280, 390), fill=(222, 184, 140))
-    draw.polygon(((100, 220), (200, 124), (300, 220)), fill=(176, 74, 60))
-    draw.rectangle((140, 300, 188, 390), fill=(104, 66, 46))
-    draw.rectangle((216, 256, 256, 296), fill=(196, 226, 244), outline=(104, 66, 46), width=4)
-    draw.rectangle((430, 280, 444, 430), fill=(120, 120, 120))
-    draw.rounded_rectangle((340, 200, 534, 286), radius=14, fill=(200, 40, 48), outline=(255, 255, 255), width=6)
-    draw.text((437, 243), "OPEN", fill=(255, 255, 255), font=ImageFont.load_default(size=58), anchor="mm")
-    return scene
-
-
-def pruned_repo(checkpoint: Base, model: str, folder: Path) -> str:
-    """Id or path of a pruned model repo: `model` itself if it is one, else an export of it to `folder`."""
+def load_pruned(checkpoint: Base, model: str):
+    """The processor and the pruned model of a repo, or of a base checkpoint by way of an export that does not stay."""
     model_type = checkpoint.config().get("model_type")
     if model_type in {config_class.model_type for config_class in config_classes().values()}:
-        return model
-    return str(export_model(model, folder / "model", report=lambda line: None))
+        return load(model)
+    with tempfile.TemporaryDirectory(dir=place_for_export(checkpoint), prefix=".demo-") as folder:
+        return load(str(export_model(model, Path(folder) / "model", report=lambda line: None)))
 
 
 def place_for_export(checkpoint: Base) -> Path | None:
     """A folder on the file system of the weights, so that they can be linked; None for the system's temporary folder."""
     beside = checkpoint.folder.parent
-    return beside if checkpoint.folder != TINY_MODEL and os.access(beside, os.W_OK) else None
+    return beside if os.access(beside, os.W_OK) else None
 
 
 def load(repo: str):
@@ -133,14 +115,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    image = Image.open(arguments.image).convert("RGB") if arguments.image else draw_scene()
-    model_name = arguments.model or str(ROOT if (ROOT / CONFIG).is_file() else TINY_MODEL)
+    image = Image.open(arguments.image or SCENE).convert("RGB")
+    model_name = arguments.model or str(ROOT)
     checkpoint = Base.open(model_name)
     print(f"model     {model_name}")
-    if checkpoint.folder == TINY_MODEL:
-        print(TINY_NOTE)
-    with tempfile.TemporaryDirectory(dir=place_for_export(checkpoint), prefix=".demo-") as folder:
-        processor, model = load(pruned_repo(checkpoint, model_name, Path(folder)))
+    processor, model = load_pruned(checkpoint, model_name)
     content = [{"type": "image", "image": image}, {"type": "text", "text": arguments.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -167,8 +146,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pruned model repo or base checkpoint, folder or id on the Hub")
-    parser.add_argument("--image", help="picture file; without one a scene is drawn")
-    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--image", help=f"picture file, by default {SCENE.relative_to(ROOT)}")
+    parser.add_argument("--question", default=SCENE_QUESTION, help="by default %(default)r")
     parser.add_argument("--ratio", type=float, help="fraction of visual tokens to remove, above 0 and below 1")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs")

@@ -321,7 +321,7 @@ def main():
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
     parser.add_argument("--methods", nargs="*", default=METHODS, help="beside the unpruned model; random is always among them")
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
-    parser.add_argument("--per-type", type=int, default=200, help="questions of each type")
+    parser.add_argument("--per-type", type=int, default=50, help="questions of each type")
     parser.add_argument("--ablations", action="store_true", help="the ablations of the paper's supplement, at 0.889")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
