@@ -76,7 +76,7 @@ def test_demo_without_arguments(demo, tmp_path):
     answer = next(asked.answer for asked in ask(scene) if asked.text == question)
     assert re.findall(r"^(?:un)?pruned +(\w+)$", process.stdout, re.MULTILINE) == [answer, answer]
     assert numbers(process.stdout, "visual tokens") == ("576", "64")
-    assert Image.open(tmp_path / "demo_output" / "kept.png").size == (336, 366)
+    assert Image.open(tmp_path / "demo_output" / "kept.png").size == (672, 702)
 
 
 @pytest.mark.parametrize(
