@@ -43,6 +43,7 @@ def numbers(output: str, row: str) -> list[str]:
     return re.search(rf"^{row} {{2,}}(\S+(?: \S+)?) {{2,}}(\S+(?: \S+)?)", output, re.MULTILINE).groups()
 
 
+@pytest.mark.once
 def test_demo_on_a_base_checkpoint(demo, tmp_path):
     """An own picture and question; the base is exported on the way, and nothing of that stays."""
     picture(1).save(tmp_path / "mine.jpg")
@@ -79,6 +80,7 @@ def test_demo_without_arguments(demo, tmp_path):
     assert Image.open(tmp_path / "demo_output" / "kept.png").size == (672, 702)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

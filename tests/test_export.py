@@ -139,6 +139,7 @@ def test_loads_everywhere_and_is_the_base_when_unpruned(family, exported, python
     assert not result["project_was_imported"]
 
 
+@pytest.mark.once
 def test_snippets_of_the_card_run(exported, python, tmp_path):
     code = "\n".join(snippets(exported))
     address = re.search(r"https://\S+\.JPG", code).group()
@@ -479,7 +480,10 @@ def test_failure_while_replacing_keeps_the_earlier_export(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_clean_up(number, status, tmp_path, command, monkeypatch):
+def test_signals_clean_up(number, status, tmp_path, command, monkeypatch, request):
+    if number == signal.SIGINT:  # which a shell's background jobs ignore
+        handler = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, handler))
     monkeypatch.setattr(export, "check_loads", lambda *arguments: os.kill(os.getpid(), number))
     try:
         assert command(LLAVA, "--output", tmp_path / "out")[0] == status

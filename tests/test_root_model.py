@@ -96,11 +96,13 @@ def test_pruning_costs_what_was_measured(root, questions):
     assert score(root, questions) >= PRUNED - MARGIN
 
 
+@pytest.mark.once
 def test_random_tokens_fall_below_the_margin(root, questions):
     """What makes the test above able to fail: tokens chosen badly."""
     assert score(root, questions, pruning_method="random") < PRUNED - MARGIN
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("fault", ["shuffled", "renumbered"])
 def test_wrong_positions_fall_below_the_margin(root, questions, monkeypatch, fault):
     """The right tokens, with the positions of all that is kept in disorder, or counted anew from 0."""

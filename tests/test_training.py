@@ -14,6 +14,7 @@ from training.model import build_model
 from training.scenes import LETTERS, QUESTION_TYPES, ask, draw, make_scene, patch_labels
 
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parents[1]
 
 
