@@ -28,7 +28,7 @@ from training.scenes import (
 DRAWN_WITH = {"pillow": "13.0.0", "matplotlib": "3.11.2"}
 HASHES = [
     "ad1bf0fa9238", "5ab532d34104", "553cf8c5a781", "aa797dccbd30", "3b143e1c3109",
-    "0a3577eb9ce9", "2261c84cb0f4", "f1622de58280", "b6dbf3cdf243", "04485a316921",
+    "ce7311572fa8", "e27b179349ad", "f1622de58280", "7e8b99c431ae", "2e688f6d85f8",
 ]  # fmt: skip
 
 

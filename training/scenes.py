@@ -221,7 +221,9 @@ def _writing(rng: random.Random, split: str, longest: int) -> str:
     if choice < 0.5:
         return rng.choice([word for word in TRAIN_WORDS if len(word) <= longest])
     while True:
-        text = "".join(rng.choice(LETTERS[:26]) for _ in range(rng.randint(2, longest)))
+        lengths = range(2, longest + 1)
+        (length,) = rng.choices(lengths, [length**2 for length in lengths])  # long ones are the hard ones
+        text = "".join(rng.choice(LETTERS[:26]) for _ in range(length))
         if text not in TEST_WORDS:
             return text
 
