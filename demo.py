@@ -22,7 +22,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from export import ROOT, Base, config_classes, export_model, readable
+from export import ROOT, Base, config_classes, export_model, own, readable
 
 
 SCENE = ROOT / "docs" / "scene.png"
@@ -78,6 +78,7 @@ def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats
             torch.cuda.synchronize()
         return time.perf_counter() - start, outputs
 
+    cache_of = own("pruned_cache.cache_of")
     _, outputs = generate(max_new_tokens)
     first_token = statistics.median(generate(1)[0] for _ in range(repeats))
     total = statistics.median(generate(max_new_tokens)[0] for _ in range(repeats))
@@ -85,7 +86,7 @@ def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats
     return Run(
         answer=processor.decode(new_tokens, skip_special_tokens=True).strip(),
         new_tokens=len(new_tokens),
-        cache_bytes=sum(states.nbytes for layer in outputs.past_key_values.layers for states in (layer.keys, layer.values)),
+        cache_bytes=sum(states.nbytes for layer in cache_of(outputs).layers for states in (layer.keys, layer.values)),
         first_token=first_token,
         total=total,
         record=model.get_pruning_record(outputs),

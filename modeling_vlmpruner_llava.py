@@ -250,7 +250,7 @@ class VLMPrunerLlavaForConditionalGeneration(LlavaGenerationMixin, LlavaForCondi
     `forward` and `generate` take everything that the stock class takes, and `pruning_ratio` (`float` in [0, 1), *optional*),
     which replaces `config.pruning_ratio` for one call. Logits keep the caller's length; those of dropped tokens come from a
     zero hidden state, and labels that a dropped token would predict do not count in the loss. What was kept is in
-    `outputs.pruning_record`, in `outputs.past_key_values.pruning_record`, and given by `get_pruning_record(outputs)`.
+    `outputs.pruning_record`, with the cache, and given by `get_pruning_record(outputs)`.
     """
 
     config: VLMPrunerLlavaConfig

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
-from .pruned_cache import PositionNotes
+from .pruned_cache import CACHE_NAME, PositionNotes
 from .pruned_decoder import GridView, video_views
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
@@ -72,11 +72,9 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         merge, scope = self.config.vision_config.spatial_merge_size, self.config.pruning_video_scope
         return [video_views(frames, height // merge, width // merge, scope) for frames, height, width in grids]
 
-    def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals, inputs
-    ):
+    def resolve_position_ids(self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, inputs):
         """M-RoPE positions [3, batch, length] of a call's tokens, after those of its cache."""
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         if position_ids is not None or (past_length == 0 and not has_visuals):
             return position_ids
         if has_visuals and inputs.get("mm_token_type_ids") is None:
@@ -89,7 +87,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
                 self._grid_views(grid_thw, inputs.get(grid_thw), inputs[pixels])
         tokens = input_ids if input_ids is not None else torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)
         types = inputs.get("mm_token_type_ids") if has_visuals else None
-        return self.mrope_position_ids(tokens, types, attention_mask, past_key_values, inputs)
+        return self.mrope_position_ids(tokens, types, attention_mask, cache, inputs)
 
     def mrope_position_ids(
         self, tokens: torch.Tensor, types: torch.Tensor | None, attention_mask, cache: Cache | None, inputs: dict
@@ -120,13 +118,13 @@ class PrunedQwenModelMixin(PrunedModelMixin):
             return positions
         return positions + _position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
 
-    def note_positions(self, past_key_values, position_ids, attention_mask) -> None:
+    def note_positions(self, cache, position_ids, attention_mask) -> None:
         """Leave the positions of a call with its cache."""
-        if past_key_values is None or (position_ids is not None and position_ids.ndim != 3):
+        if cache is None or (position_ids is not None and position_ids.ndim != 3):
             return
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             attention_mask = None
-        _position_notes(past_key_values).note(position_ids, attention_mask, int(past_key_values.get_seq_length()))
+        _position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):
@@ -146,7 +144,7 @@ class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixi
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """The stock method reads the offset of M-RoPE from the module; a later turn of another request needs its own."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

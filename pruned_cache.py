@@ -3,15 +3,42 @@
 The state lives with the cache, never on a module, and follows it through cropping, reordering, copying and resetting.
 """
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .token_pruning_device import upload
+
+
+# What transformers calls a cache in arguments and outputs: "cache" from 5.24 on, "past_key_values" before.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def takes_cache(function: Callable) -> Callable:
+    """Let an argument `cache` come under the library's name for it. Where "past_key_values" is the old name of it, that still
+    works and is deprecated, as in the stock classes."""
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+
+    @wraps(function)
+    def renamed(*args, **kwargs):
+        if CACHE_NAME in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE_NAME)
+        return function(*args, **kwargs)
+
+    return renamed
+
+
+def cache_of(outputs) -> Cache | None:
+    """The cache among the outputs of `forward` or `generate`, if there is one."""
+    return getattr(outputs, CACHE_NAME, None)
 
 
 @dataclass(frozen=True)

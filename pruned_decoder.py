@@ -26,7 +26,15 @@ from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_vlmpruner import PruningSettings
-from .pruned_cache import PrunedCacheState, PrunedImage, PruningRecord, continued_padding_mask, open_state, pruning_state
+from .pruned_cache import (
+    CACHE_NAME,
+    PrunedCacheState,
+    PrunedImage,
+    PruningRecord,
+    continued_padding_mask,
+    open_state,
+    pruning_state,
+)
 from .token_pruning import SELECTORS, Selection, aggregate_tokens, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
@@ -286,9 +294,9 @@ class PruningPlan:
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
         if layer_idx == 0 and self.tokens is not None and self._counts_are_known:
-            self._make_mask(hidden_states, inputs.get("past_key_values"), self.tokens.counts_of_rows())
+            self._make_mask(hidden_states, inputs.get(CACHE_NAME), self.tokens.counts_of_rows())
         if layer_idx == self.layer - 1 and self.grids:
-            inputs = inputs | {"past_key_values": KeyRecorder(inputs.get("past_key_values"), self)}
+            inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), self)}
         if layer_idx == self.layer:
             hidden_states = self._enter(hidden_states, inputs)
         if layer_idx >= self.layer:
@@ -335,7 +343,7 @@ class PruningPlan:
         return hidden_states
 
     def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        cache, self.layer_device = inputs.get("past_key_values"), hidden_states.device
+        cache, self.layer_device = inputs.get(CACHE_NAME), hidden_states.device
         if not self.grids:
             self.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
             return hidden_states
@@ -443,9 +451,9 @@ class PruningPlan:
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=padding_mask,
-            past_key_values=cache,
             position_ids=None,
             layer_idx=self.layer,
+            **{CACHE_NAME: cache},
         )
 
 

@@ -4,17 +4,17 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import wraps
 
 import torch
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, modeling_outputs
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import check_ratio
-from .pruned_cache import PruningRecord, continued_padding_mask, pruning_state
+from .pruned_cache import CACHE_NAME, PruningRecord, cache_of, continued_padding_mask, pruning_state, takes_cache
 from .pruned_decoder import (
     PRUNED_MASK,
     GridView,
@@ -80,13 +80,14 @@ class PrunedModelMixin:
         super().__init__(config)
         self._no_split_modules |= prune_decoder(self.language_model)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pruning_ratio: float | None = None,
         pruning_request: PruningRequest | None = None,
@@ -98,13 +99,13 @@ class PrunedModelMixin:
             check_ratio(request.ratio)
         has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
-        is_stock_call = pruning_state(past_key_values) is None and settings is None
+        is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
         position_ids = self.resolve_position_ids(
-            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals, kwargs
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
         )
-        stock_inputs = {"past_key_values": past_key_values, "return_dict": True}
+        stock_inputs = {CACHE_NAME: cache, "return_dict": True}
         if is_stock_call:
             outputs = super().forward(
                 input_ids=input_ids,
@@ -115,7 +116,7 @@ class PrunedModelMixin:
                 **kwargs,
             )
             if has_visuals or position_ids is None:
-                self.note_positions(outputs.past_key_values, position_ids, attention_mask)
+                self.note_positions(cache_of(outputs), position_ids, attention_mask)
             return outputs
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
@@ -123,9 +124,7 @@ class PrunedModelMixin:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = self._encode(kwargs)
         visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
-        plan = request.plan = make_plan(
-            self.language_model.config, settings, past_key_values, attention_mask, position_ids, visuals
-        )
+        plan = request.plan = make_plan(self.language_model.config, settings, cache, attention_mask, position_ids, visuals)
         plan.deepstack = self.deepstack(encoded, visuals)
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
@@ -137,9 +136,12 @@ class PrunedModelMixin:
         )
         plan.unpack_outputs(outputs)
         if has_visuals:
-            self.note_positions(outputs.past_key_values, position_ids, attention_mask)
+            self.note_positions(cache_of(outputs), position_ids, attention_mask)
+        fields = {field.name for field in dataclass_fields(outputs)}
         for visual in visuals:
-            if hasattr(outputs, f"{visual.modality}_hidden_states"):
+            if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
+                outputs[f"{visual.modality}_outputs"] = encoded[visual.modality]
+            elif f"{visual.modality}_hidden_states" in fields:
                 outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
         return outputs
 
@@ -208,12 +210,12 @@ class PrunedModelMixin:
         return features.grid_views
 
     def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, has_visuals: bool, inputs: dict
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, inputs: dict
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
 
-    def note_positions(self, past_key_values: Cache | None, position_ids, attention_mask) -> None:
+    def note_positions(self, cache: Cache | None, position_ids, attention_mask) -> None:
         """Called after images or videos, and where the decoder made the positions, for a family whose later ones need them."""
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
@@ -305,11 +307,12 @@ class PrunedForConditionalGenerationMixin:
             outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
         """
         record = getattr(outputs, "pruning_record", None)
-        if record is None and (state := pruning_state(getattr(outputs, "past_key_values", None))) is not None:
+        if record is None and (state := pruning_state(cache_of(outputs))) is not None:
             record = state.record
         return record
 
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    @takes_cache
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, cache, **kwargs):
         """The masks that `generate` prepares for compiled decoding, with one more for the pruned layers."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask  # a prefill: the model makes its masks itself, once it knows what stays
@@ -317,19 +320,19 @@ class PrunedForConditionalGenerationMixin:
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
-        state = pruning_state(past_key_values)
+        state = pruning_state(cache)
         if state is None:
             return masks
         pruned_mask = create_causal_mask(
             config=config.get_text_config(decoder=True),
             inputs_embeds=inputs_embeds,
-            attention_mask=continued_padding_mask(past_key_values, attention_mask, inputs_embeds.shape[1]),
-            past_key_values=past_key_values,
+            attention_mask=continued_padding_mask(cache, attention_mask, inputs_embeds.shape[1]),
             position_ids=None,
             layer_idx=state.layer,
+            **{CACHE_NAME: cache},
         )
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
 
@@ -349,9 +352,11 @@ def _reorder(features, order: list[int]):
 
 
 def _output_class(stock_class: type) -> type:
-    """What a stock generating class returns: its own output class, or (later than transformers 5.17) the shared one."""
+    """What a stock generating class returns: its own output class, or (later than transformers 5.17) a shared one."""
     name = stock_class.__name__.replace("ForConditionalGeneration", "CausalLMOutputWithPast")
-    return getattr(sys.modules[stock_class.__module__], name, CausalLMOutputWithPast)
+    plain = modeling_outputs.CausalLMOutputWithPast
+    shared = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", plain)  # from transformers 5.24 on
+    return getattr(sys.modules[stock_class.__module__], name, shared)
 
 
 def pruned_forward(stock_class: type) -> Callable:

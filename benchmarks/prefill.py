@@ -34,6 +34,7 @@ from measurement import (
     timed,
 )
 
+from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
 
 
@@ -104,7 +105,7 @@ def measure_attention(models: dict, inputs: dict, attention: str, theory: Theory
                 "times_faster": seconds["unpruned"] / seconds[name],
                 "of_ideal": seconds["unpruned"] / seconds[name] / theory.ideal if name == "pruned" else None,
                 "selection_s": selection_seconds(model, inputs, repeats, device) if name == "pruned" else None,
-                "kv_bytes": cache_bytes(prefill(model, inputs).past_key_values),
+                "kv_bytes": cache_bytes(cache_of(prefill(model, inputs))),
                 "peak_bytes": peak_bytes(model, inputs, device),
             }
             for name, model in models.items()

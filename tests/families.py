@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache
 
+from vlmpruner.pruned_cache import CACHE_NAME
 from vlmpruner.token_pruning import num_tokens_to_keep, select_tokens
 
 
@@ -194,7 +195,7 @@ def states_before_pruning(family, inputs):
     layer = model.model.language_model.layers[2]
     hook = layer.register_forward_pre_hook(lambda module, args: captured.update(states=args[0]))
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_NAME: cache})
     hook.remove()
     return captured["states"][0], cache.layers[1].keys[0]
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerQwen2VLConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
+from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.pruned_decoder import GridView
 from vlmpruner.token_pruning import SELECTORS
 
@@ -45,7 +46,7 @@ def decode_steps(case, tensors, prefill, step):
     outputs = prefill()
     rows = [outputs.logits[0, -1]]
     for token in tensors["generated"]:
-        outputs = step(token.view(1, 1), outputs.past_key_values)
+        outputs = step(token.view(1, 1), cache_of(outputs))
         rows.append(outputs.logits[0, -1])
     return torch.stack(rows), outputs
 
@@ -75,12 +76,12 @@ def check(model, case, tensors, **inputs):
             case,
             tensors,
             lambda: model(**inputs, use_cache=True),
-            lambda token, cache: model(input_ids=token, past_key_values=cache),
+            lambda token, cache: model(input_ids=token, **{CACHE_NAME: cache}),
         )
-    (image,) = outputs.past_key_values.pruning_record
+    (image,) = cache_of(outputs).pruning_record
     assert image.kept.tolist() == tensors["kept"].tolist()
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-3)
-    lengths = [outputs.past_key_values.get_seq_length(layer) for layer in range(case["num_hidden_layers"])]
+    lengths = [cache_of(outputs).get_seq_length(layer) for layer in range(case["num_hidden_layers"])]
     assert lengths == case["kv_lengths_after_generation"]
     with torch.no_grad():
         unpruned = model(**inputs, pruning_ratio=0.0, logits_to_keep=1).logits

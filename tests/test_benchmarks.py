@@ -25,6 +25,8 @@ import selection
 from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory, make_inputs, make_models
 from measurement import fixed_features
 
+from vlmpruner.pruned_cache import cache_of
+
 
 SMALL_TEXT = {
     "hidden_size": 64,
@@ -127,7 +129,7 @@ def test_theory_counts_the_bytes_of_real_caches_and_weights(name):
     models = make_models(request.geometry, "cpu", torch.float32, pruning_ratio=request.ratio)
     inputs = make_inputs(request, models["pruned"].config, "cpu", torch.float32)
     theory = Theory.of(request, torch.float32, bandwidth=1.0)
-    found = {model: prefill.cache_bytes(prefill.prefill(models[model], inputs).past_key_values) for model in models}
+    found = {model: prefill.cache_bytes(cache_of(prefill.prefill(models[model], inputs))) for model in models}
     assert found == {"unpruned": theory.kv_bytes, "pruned": theory.pruned_kv_bytes}
     matrices = [*models["pruned"].model.language_model.layers.parameters(), models["pruned"].lm_head.weight]
     assert theory.weight_bytes == sum(weight.nbytes for weight in matrices if weight.ndim == 2)

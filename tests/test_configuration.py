@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig
 from vlmpruner import configuration_vlmpruner
 from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, VLMPrunerLlavaConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
+from vlmpruner.pruned_cache import cache_of
 from vlmpruner.token_pruning import PruningParameters
 
 
@@ -173,7 +174,7 @@ def test_other_language_models_are_pruned(text_config):
         max_new_tokens=3,
         return_dict_in_generate=True,
     )
-    assert outputs.past_key_values.pruning_record.num_kept == round(49 * 0.111)
+    assert cache_of(outputs).pruning_record.num_kept == round(49 * 0.111)
 
 
 def test_an_untried_language_model_is_refused():

@@ -16,6 +16,7 @@ from test_token_pruning import GOLDEN, load_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
 from vlmpruner.token_pruning import (
     SELECTORS,
@@ -284,7 +285,7 @@ def test_a_model_with_random_tokens(name):
         found, other = (model(**inputs, use_cache=True) for _ in range(2))
     counts, expected_counts = ([image.num_kept for image in outputs.pruning_record] for outputs in (found, expected))
     assert counts == expected_counts
-    lengths = [[outputs.past_key_values.get_seq_length(layer) for layer in range(4)] for outputs in (found, expected)]
+    lengths = [[cache_of(outputs).get_seq_length(layer) for layer in range(4)] for outputs in (found, expected)]
     assert lengths[0] == lengths[1] and lengths[0][2] < lengths[0][1]
     kept = [[image.kept.tolist() for image in outputs.pruning_record] for outputs in (found, other, expected)]
     assert kept[0] != kept[1] and kept[0] != kept[2]

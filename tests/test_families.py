@@ -2,13 +2,17 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
+from transformers.cache_utils import StaticLayer
 
+from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.token_pruning import prune_tokens
 
 
@@ -71,7 +75,7 @@ def test_off_is_bit_equal_to_the_stock_class(family, off, rows):
     torch.testing.assert_close(ours.logits, stock.logits, **EXACT)
     assert ours.pruning_record is None
     generated = generate(load_pruned(family, **off), inputs)
-    assert type(generated.past_key_values) is DynamicCache
+    assert type(cache_of(generated)) is DynamicCache
     torch.testing.assert_close(step_logits(generated), step_logits(generate(load_stock(family), inputs)), **EXACT)
 
 
@@ -99,6 +103,34 @@ def test_a_stock_model_in_the_same_process_is_unchanged(family, one_image):
     torch.testing.assert_close(step_logits(generate(load_stock(family), one_image)), step_logits(before), **EXACT)
 
 
+def test_no_name_that_the_library_deprecates_is_used(family, one_image, monkeypatch):
+    """transformers 5.24 calls a cache `cache`, and warns where it comes or is asked for as `past_key_values`."""
+
+    def fail(message):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", fail)
+    model = load_pruned(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        outputs = generate(model, one_image, cache_implementation="static")
+        assert model.get_pruning_record(outputs) is not None
+        outputs = model(**one_image, use_cache=True, labels=one_image["input_ids"])
+        model(**later_turn(one_image, one_image), **{CACHE_NAME: cache_of(outputs)})
+
+
+def test_a_cache_may_come_under_its_old_name(family, one_image):
+    """`past_key_values`, which is the only name before transformers 5.24."""
+    model = load_pruned(family)
+    with torch.no_grad():
+        for part, tokens in ((model, one_image), (model.model, one_image)):
+            cache = DynamicCache(config=model.config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                part(**tokens, past_key_values=cache)
+            assert cache.get_seq_length() == tokens["input_ids"].shape[1] > cache.get_seq_length(2)
+
+
 # What pruning does
 
 
@@ -110,11 +142,11 @@ def test_pruning_shortens_the_cache_from_its_layer_on(family, one_image):
     for image in record:
         assert image.num_kept == max(1, round(image.num_visual * (1 - RATIO))) == len(set(image.kept.tolist()))
         assert sorted(image.order.tolist()) == image.kept.tolist()
-    lengths = [layer.keys.shape[2] for layer in outputs.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(outputs).layers]
     full = one_image["input_ids"].shape[1]
     pruned = full - record.num_visual + record.num_kept
     assert lengths == [full] * 2 + [pruned] * (len(lengths) - 2)
-    assert kept_sets(outputs.past_key_values.pruning_record) == kept_sets(record)
+    assert kept_sets(cache_of(outputs).pruning_record) == kept_sets(record)
     assert outputs.logits.shape[:2] == one_image["input_ids"].shape
 
 
@@ -153,7 +185,7 @@ def test_attentions_have_the_length_of_their_layer(family, one_image):
 def test_eager_and_sdpa_agree(family, rows):
     inputs = make_inputs(family, rows)
     reference, outputs = generate(load_pruned(family), inputs), generate(load_pruned(family, attn="eager"), inputs)
-    assert kept_sets(outputs.past_key_values.pruning_record) == kept_sets(reference.past_key_values.pruning_record)
+    assert kept_sets(cache_of(outputs).pruning_record) == kept_sets(cache_of(reference).pruning_record)
     torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
 
 
@@ -180,7 +212,7 @@ def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
 def test_ragged_batch_equals_single_rows(family, rows, attn):
     model = load_pruned(family, attn=attn)
     batch = generate(model, make_inputs(family, rows))
-    record = batch.past_key_values.pruning_record
+    record = cache_of(batch).pruning_record
     for number, row in enumerate(rows):
         single = generate(model, make_inputs(family, [row]))
         torch.testing.assert_close(step_logits(batch)[number], step_logits(single)[0], **CLOSE)
@@ -243,7 +275,7 @@ def forward_by_hand(family, inputs, record):
             columns = kept.nonzero()[:, 0]
             hidden, cos, sin = hidden[:, columns], cos[:, columns], sin[:, columns]
         mask = torch.full((len(columns), len(columns)), float("-inf")).triu(1)[None, None]
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), **{CACHE_NAME: cache})
         deepstack = given.get("deepstack_visual_embeds") or []
         if number < len(deepstack):
             added = torch.zeros(length, hidden.shape[-1])
@@ -275,7 +307,7 @@ def test_static_cache_equals_dynamic_cache(family, rows):
     model = load_pruned(family)
     inputs = make_inputs(family, rows)
     static = generate(model, inputs, cache_implementation="static")
-    assert isinstance(static.past_key_values, StaticCache)
+    assert isinstance(cache_of(static), StaticCache)
     torch.testing.assert_close(step_logits(static), step_logits(generate(model, inputs)), **CLOSE)
 
 
@@ -299,11 +331,11 @@ def test_a_prefilled_cache_can_be_copied_and_used_twice(family, one_image):
     model = load_pruned(family)
     reference = generate(model, one_image)
     with torch.no_grad():
-        cache = model(**one_image, use_cache=True).past_key_values
+        cache = cache_of(model(**one_image, use_cache=True))
     cache.crop(-1)  # generate feeds the last token of the prompt itself
     text = {"input_ids": one_image["input_ids"], "attention_mask": one_image["attention_mask"]}
     for _ in range(2):
-        outputs = generate(model, text | extra_inputs(one_image), past_key_values=copy.deepcopy(cache))
+        outputs = generate(model, text | extra_inputs(one_image), **{CACHE_NAME: copy.deepcopy(cache)})
         torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
 
 
@@ -321,10 +353,10 @@ def test_rows_of_a_cache_take_their_state_along(family, rows, change):
     def step(cache, order):
         places = {} if "mm_token_type_ids" in inputs else {"position_ids": mask[order].sum(1, keepdim=True) - 1}
         tokens = torch.full((len(order), 1), 9)
-        return model(input_ids=tokens, attention_mask=mask[order], past_key_values=cache, **places).logits
+        return model(input_ids=tokens, attention_mask=mask[order], **{CACHE_NAME: cache}, **places).logits
 
     with torch.no_grad():
-        cache = model(**inputs, **positions(inputs, inputs["attention_mask"]), use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, **positions(inputs, inputs["attention_mask"]), use_cache=True))
         expected, record = step(copy.deepcopy(cache), [0, 1, 2]), cache.pruning_record
         if change == "select":
             order = [2, 0]
@@ -363,8 +395,8 @@ def test_one_beam_of_many_is_no_other_request(family, rows):
     """The record of a beam search names the rows as they stand at the end, two beams for each row of the input."""
     model = load_pruned(family)
     inputs = make_inputs(family, rows[1:])
-    beams = generate(model, inputs, num_beams=2, num_return_sequences=1).past_key_values.pruning_record
-    greedy = generate(model, inputs).past_key_values.pruning_record
+    beams = cache_of(generate(model, inputs, num_beams=2, num_return_sequences=1)).pruning_record
+    greedy = cache_of(generate(model, inputs)).pruning_record
     of_row = {row: [image.kept.tolist() for image in greedy if image.row == row] for row in (0, 1)}
     assert [[image.kept.tolist() for image in beams if image.row == row] for row in range(4)] == [
         of_row[0],
@@ -374,12 +406,20 @@ def test_one_beam_of_many_is_no_other_request(family, rows):
     ]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
-def test_speculative_decoding_equals_greedy(family, one_image, mode):
+def test_speculative_decoding_equals_greedy(family, one_image, mode, cache):
+    if cache == "static" and not StaticLayer.is_croppable:
+        pytest.skip("before transformers 5.24, speculative decoding refuses a static cache")
     model = load_pruned(family)
     greedy = generate(model, one_image, max_new_tokens=12).sequences
     speculative = {"prompt_lookup_num_tokens": 4} if mode == "prompt_lookup" else {"assistant_model": load_stock(family)}
-    assert torch.equal(generate(model, one_image, max_new_tokens=12, **speculative).sequences, greedy)
+    if cache == "static":  # with room for what is drafted at the end, which 5.24 forgets in prompt lookup
+        room = one_image["input_ids"].shape[1] + 12 + 4
+        speculative |= {"cache_implementation": "static", "max_cache_len": room}
+    outputs = generate(model, one_image, max_new_tokens=12, **speculative)
+    assert torch.equal(outputs.sequences, greedy)
+    assert isinstance(cache_of(outputs), StaticCache) == (cache == "static")
 
 
 def test_streaming(family, one_image):
@@ -419,9 +459,9 @@ def test_a_later_turn_equals_one_piece(family, new_images):
     first, second = chat_turn(family, [picture(1)], "What is it?"), chat_turn(family, [picture(2)] * new_images, "And now?")
     joined = join_turns(first, second)
     with torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
+        cache = cache_of(model(**first, use_cache=True))
         turn = later_turn(first, second)
-        outputs = model(**turn, past_key_values=cache)
+        outputs = model(**turn, **{CACHE_NAME: cache})
         whole = model(**joined)
     assert len(cache.pruning_record) == len(first_record(model, first)) * (1 + new_images)
     assert kept_sets(cache.pruning_record)[0] == kept_sets(whole.pruning_record)[0]
@@ -465,20 +505,20 @@ def test_later_turns_of_a_padded_batch_equal_single_rows(family):
     seconds = [([picture(4)], "And in this one, what do you see?"), ([], "Why?")]
     with torch.no_grad():
         first, second = make_inputs(family, firsts), make_inputs(family, seconds)
-        cache = model(**first, **positions(first, first["attention_mask"])).past_key_values
+        cache = cache_of(model(**first, **positions(first, first["attention_mask"])))
         turn = later_turn(first, second)
-        batch = model(**turn, past_key_values=cache)
+        batch = model(**turn, **{CACHE_NAME: cache})
         step = torch.full((2, 1), 9)
         mask = torch.cat([turn["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
         places = {} if "mm_token_type_ids" in first else {"position_ids": mask.sum(1, keepdim=True) - 1}
-        batch_step = model(input_ids=step, attention_mask=mask, past_key_values=cache, **places)
+        batch_step = model(input_ids=step, attention_mask=mask, **{CACHE_NAME: cache}, **places)
         for row in range(2):
             one_first, one_second = make_inputs(family, [firsts[row]]), make_inputs(family, [seconds[row]])
-            one_cache = model(**one_first, use_cache=True).past_key_values
-            single = model(**later_turn(one_first, one_second), past_key_values=one_cache)
+            one_cache = cache_of(model(**one_first, use_cache=True))
+            single = model(**later_turn(one_first, one_second), **{CACHE_NAME: one_cache})
             is_token = second["attention_mask"][row].bool()
             torch.testing.assert_close(batch.logits[row][is_token], single.logits[0], **CLOSE)
-            single_step = model(input_ids=step[:1], past_key_values=one_cache)
+            single_step = model(input_ids=step[:1], **{CACHE_NAME: one_cache})
             torch.testing.assert_close(batch_step.logits[row], single_step.logits[0], **CLOSE)
 
 
@@ -499,11 +539,11 @@ def test_padding_of_every_turn_stays_masked(family):
             places = positions(inputs, mask)
             if cache.get_seq_length() == 0:  # text alone: as `generate` would, for M-RoPE as well
                 places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-            model(**{**inputs, "attention_mask": mask, **places}, past_key_values=cache)
+            model(**{**inputs, "attention_mask": mask, **places}, **{CACHE_NAME: cache})
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
         places = {} if "mm_token_type_ids" in inputs else {"position_ids": mask.sum(1, keepdim=True) - 1}
         step = torch.full((len(mask), 1), 9)
-        return model(input_ids=step, attention_mask=mask, past_key_values=cache, **places).logits
+        return model(input_ids=step, attention_mask=mask, **{CACHE_NAME: cache}, **places).logits
 
     with torch.no_grad():
         batch = play(turns)
@@ -516,18 +556,18 @@ def test_crop_back_into_generated_text_and_over_an_image(family):
     first, second = chat_turn(family, [picture(1)], "What is it?"), chat_turn(family, [picture(2)], "And now?")
     tokens = torch.tensor([[7, 8, 9, 10, 11]])
     with torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
-        reference = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
-        model(input_ids=tokens, past_key_values=cache)
+        cache = cache_of(model(**first, use_cache=True))
+        reference = model(input_ids=tokens, **{CACHE_NAME: copy.deepcopy(cache)}).logits
+        model(input_ids=tokens, **{CACHE_NAME: cache})
         cache.crop(-3)  # into generated text
-        torch.testing.assert_close(model(input_ids=tokens[:, 2:], past_key_values=cache).logits, reference[:, 2:], **CLOSE)
+        torch.testing.assert_close(model(input_ids=tokens[:, 2:], **{CACHE_NAME: cache}).logits, reference[:, 2:], **CLOSE)
         length = cache.get_seq_length()
         turn = {**second, "attention_mask": torch.ones(1, length + second["input_ids"].shape[1], dtype=torch.long)}
-        model(**turn, past_key_values=cache)
+        model(**turn, **{CACHE_NAME: cache})
         cache.crop(length - cache.get_seq_length())  # over the whole second turn, image included
         cache.crop(-5)
         assert len(cache.pruning_record) == len(first_record(model, first))
-        torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, reference, **CLOSE)
+        torch.testing.assert_close(model(input_ids=tokens, **{CACHE_NAME: cache}).logits, reference, **CLOSE)
         with pytest.raises(ValueError, match="through image 0"):
             cache.crop(-cache.get_seq_length() + int(cache.pruning_record.images[0].positions[3]))
 
@@ -540,13 +580,13 @@ def test_interleaved_requests_do_not_meet(family, one_image):
     other = make_inputs(family, [([picture(5)], "Something else?"), ([], "And that?")])
     token = torch.tensor([[9]])
     with torch.no_grad():
-        alone = [model(**one_image, use_cache=True).past_key_values]
-        expected = model(input_ids=token, past_key_values=alone[0]).logits
-        first = model(**one_image, use_cache=True).past_key_values
-        second = model(**other, use_cache=True).past_key_values
+        alone = [cache_of(model(**one_image, use_cache=True))]
+        expected = model(input_ids=token, **{CACHE_NAME: alone[0]}).logits
+        first = cache_of(model(**one_image, use_cache=True))
+        second = cache_of(model(**other, use_cache=True))
         mask = torch.cat([other["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-        model(input_ids=token.expand(2, 1), attention_mask=mask, past_key_values=second)
-        torch.testing.assert_close(model(input_ids=token, past_key_values=first).logits, expected, **EXACT)
+        model(input_ids=token.expand(2, 1), attention_mask=mask, **{CACHE_NAME: second})
+        torch.testing.assert_close(model(input_ids=token, **{CACHE_NAME: first}).logits, expected, **EXACT)
 
 
 def test_two_threads_do_not_meet(family):
@@ -577,11 +617,11 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
         assert model(**one_image, pruning_ratio=0.0).pruning_record is None
         half = model(**one_image, pruning_ratio=0.5).pruning_record
         assert half.num_kept == sum(round(image.num_visual * 0.5) for image in half)
-        assert kept_sets(generate(model, one_image, pruning_ratio=0.5).past_key_values.pruning_record) == kept_sets(half)
+        assert kept_sets(cache_of(generate(model, one_image, pruning_ratio=0.5)).pruning_record) == kept_sets(half)
         model.config.pruning_ratio = 0.5
         assert kept_sets(model(**one_image).pruning_record) == kept_sets(half)
         model.config.pruning_layer = 1
-        lengths = [layer.keys.shape[2] for layer in model(**one_image, use_cache=True).past_key_values.layers]
+        lengths = [layer.keys.shape[2] for layer in cache_of(model(**one_image, use_cache=True)).layers]
         assert lengths[0] > lengths[1] == lengths[2]
         for bad in (1.0, -0.1, float("nan"), "0.5", True):
             with pytest.raises(ValueError, match=r"pruning_ratio must be a number in \[0, 1\)"):
@@ -745,7 +785,7 @@ def test_a_prefill_in_chunks_is_refused_with_images_alone(family, one_image):
 def test_a_cache_pruned_at_another_layer_is_refused(family, one_image):
     model = copy.deepcopy(load_pruned(family))
     with torch.no_grad():
-        cache = model(**one_image, use_cache=True).past_key_values
+        cache = cache_of(model(**one_image, use_cache=True))
         model.config.pruning_layer = 1
         with pytest.raises(ValueError, match=r"pruning_layer=2.*pruning_layer=1"):
-            model(**later_turn(one_image, one_image), past_key_values=cache)
+            model(**later_turn(one_image, one_image), **{CACHE_NAME: cache})

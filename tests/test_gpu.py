@@ -12,6 +12,7 @@ from test_token_pruning import GOLDEN, load_case
 from transformers.utils import is_torchvision_available
 
 from vlmpruner import token_pruning
+from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
 from vlmpruner.token_pruning import PruningParameters, aggregate_tokens, select_batch, select_random
 from vlmpruner.token_pruning_device import GridBatch, triton_stages
@@ -216,7 +217,7 @@ def test_generation_equals_the_one_on_the_cpu(family):
     inputs = make_inputs(family, rows())
     expected = generate(load_pruned(family), inputs)
     found = generate(on_device(family), inputs)
-    kept, kept_on_gpu = ([image.kept.tolist() for image in each.past_key_values.pruning_record] for each in (expected, found))
+    kept, kept_on_gpu = ([image.kept.tolist() for image in cache_of(each).pruning_record] for each in (expected, found))
     assert kept == kept_on_gpu
     torch.testing.assert_close(torch.stack(found.logits).cpu(), torch.stack(expected.logits), rtol=0, atol=1e-3)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from vlmpruner.processing import GAP, LEGEND_HEIGHT
-from vlmpruner.pruned_cache import PrunedImage, PruningRecord
+from vlmpruner.pruned_cache import CACHE_NAME, PrunedImage, PruningRecord, cache_of
 from vlmpruner.token_pruning import num_tokens_to_keep
 
 
@@ -144,7 +144,11 @@ def test_newlines_are_structure(family):
     model, inputs = load_pruned(family), media_inputs(family, ([picture(1, 500, 200)], "What?"))
     with torch.no_grad():
         outputs = model(**inputs)
-    is_newline = (outputs.image_hidden_states == model.model.image_newline).all(-1)
+    if hasattr(outputs, "image_outputs"):  # from transformers 5.24 on
+        features = torch.cat(list(outputs.image_outputs.pooler_output))
+    else:
+        features = outputs.image_hidden_states
+    is_newline = (features == model.model.image_newline).all(-1)
     columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     base, view = outputs.pruning_record
     assert torch.equal(torch.cat([base.positions, view.positions]), columns[~is_newline])
@@ -255,7 +259,7 @@ def test_rows_of_images_and_videos_equal_single_rows():
         single = generate(model, media_inputs(ONEVISION, row))
         torch.testing.assert_close(step_logits(batch)[number], step_logits(single)[0], **CLOSE)
         single_record = model.get_pruning_record(single) or []
-        kept = [entry.kept.tolist() for entry in batch.past_key_values.pruning_record if entry.row == number]
+        kept = [entry.kept.tolist() for entry in cache_of(batch).pruning_record if entry.row == number]
         assert kept == [entry.kept.tolist() for entry in single_record]
 
 
@@ -273,9 +277,9 @@ def test_a_video_in_a_later_turn_equals_one_piece():
     images = {name: first[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
     video = {"pixel_values_videos": second["pixel_values_videos"]}
     with torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
+        cache = cache_of(model(**first, use_cache=True))
         turn = {"input_ids": second["input_ids"], "attention_mask": joined["attention_mask"]}
-        outputs = model(**turn, **video, past_key_values=cache)
+        outputs = model(**turn, **video, **{CACHE_NAME: cache})
         whole = model(**joined, **images, **video)
     assert grids_of(cache.pruning_record) == grids_of(whole.pruning_record)
     torch.testing.assert_close(outputs.logits, whole.logits[:, first["input_ids"].shape[1] :], **CLOSE)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, make_inputs, picture
 
+from vlmpruner.pruned_cache import CACHE_NAME, cache_of
+
 
 CLIP = clip(11, 8, 140, 112)
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -61,7 +63,7 @@ def test_images_and_videos_in_one_prompt(family, content):
         **inputs, max_new_tokens=4, do_sample=False, use_cache=False, return_dict_in_generate=True, output_logits=True
     )
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **CLOSE)
-    record = cached.past_key_values.pruning_record
+    record = cache_of(cached).pruning_record
     assert {image.modality for image in record} == {"image", "video"}
     grids = [inputs["image_grid_thw"], inputs["video_grid_thw"]]
     assert record.num_visual == sum(int(grid.prod()) // 4 for grid in grids)
@@ -82,11 +84,11 @@ def test_generate_on_a_later_turn_places_a_new_image_by_mrope(family):
     }
     with torch.no_grad():
         whole = model(**joined)
-        cache = model(**first, use_cache=True).past_key_values
+        cache = cache_of(model(**first, use_cache=True))
     mask = torch.ones_like(joined["input_ids"])
     outputs = model.generate(
         **{**second, "attention_mask": mask},
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=1,
         do_sample=False,
         return_dict_in_generate=True,
@@ -102,7 +104,7 @@ def test_an_image_after_a_turn_of_text_follows_its_positions(family):
     second = make_inputs(family, image)
     mask = torch.cat([text["attention_mask"], second["attention_mask"]], dim=1)
     with torch.no_grad():
-        cache = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], use_cache=True))
         length = cache.get_seq_length()
         types = second["mm_token_type_ids"]
         grids = {"image_grid_thw": second["image_grid_thw"]}
@@ -118,11 +120,11 @@ def test_positions_of_a_request_do_not_depend_on_another(family):
     tokens = torch.tensor([[9, 10, 11]])
     with torch.no_grad():
         for ratio in (0.889, 0.0):
-            alone = model(**small, use_cache=True, pruning_ratio=ratio).past_key_values
-            expected = model(input_ids=tokens, past_key_values=alone).logits
-            cache = model(**small, use_cache=True, pruning_ratio=ratio).past_key_values
+            alone = cache_of(model(**small, use_cache=True, pruning_ratio=ratio))
+            expected = model(input_ids=tokens, **{CACHE_NAME: alone}).logits
+            cache = cache_of(model(**small, use_cache=True, pruning_ratio=ratio))
             model(**large, pruning_ratio=ratio)
-            torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, expected, rtol=0, atol=0)
+            torch.testing.assert_close(model(input_ids=tokens, **{CACHE_NAME: cache}).logits, expected, rtol=0, atol=0)
 
 
 def test_cropping_an_image_away_restores_the_positions(family):
@@ -132,13 +134,13 @@ def test_cropping_an_image_away_restores_the_positions(family):
     )
     tokens = torch.tensor([[9, 10, 11]])
     with torch.no_grad():
-        cache = model(**first, use_cache=True).past_key_values
-        expected = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
+        cache = cache_of(model(**first, use_cache=True))
+        expected = model(input_ids=tokens, **{CACHE_NAME: copy.deepcopy(cache)}).logits
         length = cache.get_seq_length()
         mask = torch.ones(1, length + second["input_ids"].shape[1], dtype=torch.long)
-        model(**{**second, "attention_mask": mask}, past_key_values=cache)
+        model(**{**second, "attention_mask": mask}, **{CACHE_NAME: cache})
         cache.crop(length - cache.get_seq_length())
-        torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, expected, **CLOSE)
+        torch.testing.assert_close(model(input_ids=tokens, **{CACHE_NAME: cache}).logits, expected, **CLOSE)
 
 
 def test_a_tiny_picture_and_one_repeated(family):
