@@ -23,12 +23,14 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 
 def takes_cache(function: Callable) -> Callable:
     """Let an argument `cache` come under the library's name for it. Where "past_key_values" is the old name of it, that still
-    works and is deprecated, as in the stock classes."""
+    works and is deprecated, as in the stock classes; where it is the only one, "cache" raises a ValueError."""
     if CACHE_NAME == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
 
     @wraps(function)
     def renamed(*args, **kwargs):
+        if "cache" in kwargs:
+            raise ValueError(f"Pass a cache as `{CACHE_NAME}`: this version of transformers does not call it `cache`.")
         if CACHE_NAME in kwargs:
             kwargs["cache"] = kwargs.pop(CACHE_NAME)
         return function(*args, **kwargs)
