@@ -38,7 +38,8 @@ from training.scenes import QUESTION_TYPES, Question, Scene, ask, draw, make_sce
 
 
 RATIOS = (0.667, 0.778, 0.889, 0.944)
-METHODS = ("vlm_pruner", "random")
+ABLATION_RATIOS = (0.889, 0.944)  # the paper's, and one at which the small model loses enough to tell values apart
+METHODS = ("vlm_pruner", "vlm_pruner:fine", "random")  # a pruning_method, or with :PRESET a pruning_preset of it
 MAX_NEW_TOKENS = 12
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
@@ -73,6 +74,12 @@ class Configuration:
     ratio: float
     changes: dict = field(default_factory=dict)
     blind: bool = False
+
+    @classmethod
+    def of(cls, method: str, ratio: float) -> "Configuration":
+        """Of a method as in `METHODS`."""
+        method, _, preset = method.partition(":")
+        return cls(method, ratio, {"pruning_preset": preset} if preset else {})
 
     @property
     def name(self) -> str:
@@ -238,18 +245,19 @@ class Results:
 def markdown(results: dict, hidden_size: int) -> str:
     """Main table, blind row included, and one table for each ablation."""
     unpruned = results["unpruned"]["right"]
+    ablated = {name: entry for name, entry in results.items() if not _is_main(entry)}
     lines = ["| method | removed | tokens kept | " + " | ".join(QUESTION_TYPES) + " | relative [95 %] |"]
     lines.append("|---" * (len(QUESTION_TYPES) + 4) + "|")
-    for entry in results.values():
-        if not entry["changes"]:
-            lines.append(_row(entry, unpruned))
-    base = next((entry for entry in results.values() if entry["changes"]), None)
-    for key, values in ablations(hidden_size).items() if base else ():
-        lines += ["", f"`{key}`, {base['ratio']} removed:", "", "| value | relative [95 %] | paper |", "|---|---|---|"]
+    lines += [_row(entry, unpruned) for entry in sorted(filter(_is_main, results.values()), key=_place)]
+    ratios = sorted({entry["ratio"] for entry in ablated.values()})
+    for key, values in ablations(hidden_size).items() if ratios else ():
+        heads = ["value", *(f"relative at {_percent(ratio)} [95 %]" for ratio in ratios), "paper, 88.9 %"]
+        lines += ["", f"`{key}`:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for value, paper in values.items():
-            entry = results.get(Configuration(base["method"], base["ratio"], {key: value}).name)
-            if entry:
-                lines.append(f"| {value} | {_interval(relative(entry['right'], unpruned))} | {paper or '-'} |")
+            entries = [ablated.get(Configuration("vlm_pruner", ratio, {key: value}).name) for ratio in ratios]
+            if any(entries):
+                cells = [_interval(relative(entry["right"], unpruned)) if entry else "-" for entry in entries]
+                lines.append(f"| {' | '.join([str(value), *cells, f'{paper:.2f}' if paper else '-'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -257,10 +265,28 @@ def _interval(found: tuple[float, float, float]) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*found)
 
 
+def _is_main(entry: dict) -> bool:
+    """Whether a result belongs to the main table: a method as it comes, or a preset of it."""
+    return set(entry["changes"]) <= {"pruning_preset"}
+
+
+def _place(entry: dict) -> int:
+    """Where a result stands in the main table: unpruned rows, presets after their method, random last."""
+    return (entry["ratio"] > 0) + (entry["method"] == "random")
+
+
+def _label(entry: dict) -> str:
+    return ", ".join([entry["method"], *map(str, entry["changes"].values())])
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %"
+
+
 def _row(entry: dict, unpruned: dict) -> str:
     by_type = scores(entry["right"])
-    name = "blind (noise for the picture)" if entry["blind"] else "unpruned" if entry["ratio"] == 0 else entry["method"]
-    removed = f"{100 * entry['ratio']:.1f} %" if entry["ratio"] else "-"
+    name = "blind (noise for the picture)" if entry["blind"] else "unpruned" if entry["ratio"] == 0 else _label(entry)
+    removed = _percent(entry["ratio"]) if entry["ratio"] else "-"
     kept = f"{entry['num_kept']:.0f} of {entry['num_visual']:.0f}" if "num_kept" in entry else "all"
     cells = [
         name,
@@ -278,13 +304,11 @@ def plot(results: dict, path: Path):
 
     unpruned = results["unpruned"]["right"]
     figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
-    entries = [entry for entry in results.values() if entry["ratio"] and not entry["changes"] and not entry["blind"]]
-    for method in dict.fromkeys(entry["method"] for entry in entries):
-        points = sorted(
-            (entry["num_kept"], *relative(entry["right"], unpruned)) for entry in entries if entry["method"] == method
-        )
+    entries = [entry for entry in sorted(filter(_is_main, results.values()), key=_place) if entry["ratio"]]
+    for label in dict.fromkeys(map(_label, entries)):
+        points = sorted((entry["num_kept"], *relative(entry["right"], unpruned)) for entry in entries if _label(entry) == label)
         kept, middle, low, high = np.array(points).T
-        axes.errorbar(kept, middle, yerr=(middle - low, high - middle), marker="o", capsize=3, label=method)
+        axes.errorbar(kept, middle, yerr=(middle - low, high - middle), marker="o", capsize=3, label=label)
     axes.axhline(100, color="grey", linewidth=0.8, linestyle="--", label="unpruned")
     axes.set(xlabel="visual tokens kept", ylabel="score, % of unpruned", xscale="log")
     ticks = sorted({round(entry["num_kept"]) for entry in entries})
@@ -319,10 +343,16 @@ def load(path: Path) -> tuple:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
-    parser.add_argument("--methods", nargs="*", default=METHODS, help="beside the unpruned model; random is always among them")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="also METHOD:PRESET; random is always among them")
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
-    parser.add_argument("--per-type", type=int, default=50, help="questions of each type")
-    parser.add_argument("--ablations", action="store_true", help="the ablations of the paper's supplement, at 0.889")
+    parser.add_argument("--per-type", type=int, default=100, help="questions of each type")
+    parser.add_argument(
+        "--ablations",
+        nargs="*",
+        type=float,
+        metavar="RATIO",
+        help="also the ablations of the paper's supplement, at these ratios, by default {} and {}".format(*ABLATION_RATIOS),
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     options = parser.parse_args()
@@ -336,14 +366,17 @@ def main():
     results = Results(options.output, fingerprint_of(options.model, questions), about | {"per_type": options.per_type})
     configurations = [Configuration("none", 0), Configuration("none", 0, blind=True)]
     configurations += [
-        Configuration(method, ratio)
+        Configuration.of(method, ratio)
         for method in dict.fromkeys([*options.methods, "random"])
         for ratio in options.ratios
         if ratio > 0
     ]
-    if options.ablations:
+    if options.ablations is not None:
         configurations += [
-            Configuration("vlm_pruner", 0.889, {key: value}) for key, values in ablations(width).items() for value in values
+            Configuration("vlm_pruner", ratio, {key: value})
+            for ratio in options.ablations or ABLATION_RATIOS
+            for key, values in ablations(width).items()
+            for value in values
         ]
     for configuration in tqdm(configurations, desc="configurations"):
         if configuration.name not in results.results:

@@ -61,14 +61,21 @@ def entry(method="vlm_pruner", ratio=0.889, changes=None, blind=False, share="10
 def test_tables_show_what_was_measured_beside_the_paper():
     results = {
         "unpruned": entry("none", 0, share="11"),
+        "random 0.889": entry("random", share="00"),
         "vlm_pruner 0.889": entry(),
         "vlm_pruner 0.889 token_batch=1": entry(changes={"pruning_token_batch": 1}, share="11"),
+        "vlm_pruner 0.944 token_batch=1": entry(ratio=0.944, changes={"pruning_token_batch": 1}),
         "vlm_pruner 0.889 num_channels=128": entry(changes={"pruning_num_channels": 128}, share="11"),
+        "vlm_pruner 0.889 preset=fine": entry(changes={"pruning_preset": "fine"}, share="11"),
     }
     text = markdown(results, 4096)
     assert "| vlm_pruner | 88.9 % | 64 of 576 | 50.0 |" in text
-    assert "| 1 | 100.0 [100.0, 100.0] | 95.62 |" in text
-    assert "| 128 | 100.0 [100.0, 100.0] | 95.25 |" in text  # a 32nd of the channels, as in the paper
+    labels = [line.split(" | ")[0] for line in text.splitlines() if "64 of 576" in line]
+    assert labels == ["| vlm_pruner", "| vlm_pruner, fine", "| random"]
+    assert "| value | relative at 88.9 % [95 %] | relative at 94.4 % [95 %] | paper, 88.9 % |" in text
+    at_both = next(line for line in text.splitlines() if line.startswith("| 1 |"))
+    assert at_both.startswith("| 1 | 100.0 [100.0, 100.0] | 50.0 [") and at_both.endswith("] | 95.62 |")
+    assert "| 128 | 100.0 [100.0, 100.0] | - | 95.25 |" in text  # a 32nd of the channels, as in the paper
     assert "| 2 | " not in text  # nothing is shown of a value that was not measured
 
 
@@ -81,7 +88,9 @@ def test_results_of_other_weights_are_refused(tmp_path):
         Results(path, {"weights": "c", "questions": "b"}, {})
 
 
-def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the benchmark with the given options and a model that answers half; returns the names of what all runs measured."""
     measured = []
 
     def evaluate(model, processor, questions, configuration, batch_size):
@@ -93,18 +102,37 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=192)))
     monkeypatch.setattr(accuracy, "load", lambda path: (model, None, {}))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
-    output = tmp_path / "accuracy.json"
     (tmp_path / "config.json").write_text("{}")
-    for ratios in (["0.889"], ["0.889", "0.667"]):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["accuracy.py", "--model", str(tmp_path), "--per-type", "1", "--output", str(output), "--ratios", *ratios],
-        )
+    fixed = ["accuracy.py", "--model", str(tmp_path), "--per-type", "1", "--output", str(tmp_path / "accuracy.json")]
+
+    def run_with(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [*fixed, *options])
         accuracy.main()
-    assert measured == ["unpruned", "unpruned blind", "vlm_pruner 0.889", "random 0.889", "vlm_pruner 0.667", "random 0.667"]
+        return measured
+
+    return run_with
+
+
+def test_a_second_run_measures_only_what_is_missing(run, tmp_path):
+    run("--ratios", "0.889")
+    measured = run("--ratios", "0.889", "0.667")
+    methods = ["vlm_pruner {}", "vlm_pruner {} preset=fine", "random {}"]
+    pruned = [method.format(ratio) for ratio in (0.889, 0.667) for method in methods]
+    assert measured == ["unpruned", "unpruned blind", *pruned]
+    output = tmp_path / "accuracy.json"
     assert set(json.loads(output.read_text())["results"]) == set(measured)
     assert output.with_suffix(".md").exists() and output.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(("ratios", "expected"), [((), (0.889, 0.944)), (("0.778",), (0.778,))], ids=["default", "given"])
+def test_ablations_are_run_at_the_ratios_asked_for(run, ratios, expected):
+    measured = run("--methods", "vlm_pruner", "--ratios", "0.667", "--ablations", *ratios)
+    ablated = [name for name in measured if "=" in name]
+    values = sum(len(values) for values in accuracy.ABLATIONS.values())
+    assert len(ablated) == len(set(ablated)) == len(expected) * values
+    assert [name for name in ablated if name.endswith("token_batch=1")] == [
+        f"vlm_pruner {ratio} token_batch=1" for ratio in expected
+    ]
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, monkeypatch, capsys):

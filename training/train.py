@@ -3,7 +3,7 @@
 tower    The vision tower alone, supervised per patch with what the generator knows, on crops around writing and shapes.
 decoder  The decoder alone, fed with embeddings of the true patch labels, from small grids with few objects to whole scenes.
 projector  The projector alone, to say what the tower sees in the decoder's embeddings of labels.
-join     Tower, projector and decoder together on pictures; the losses are the answers' and, fading out, the patches'.
+join     Tower, projector and decoder together on pictures; the losses are the answers' and the patches'.
 settle   The same for a few steps, in half of which the decoder is shown all of the background, as it will be.
 publish  Write the result to the root of the repo.
 keep     Write the weights of the parts to training/checkpoints/, where a new clone goes on.
@@ -67,7 +67,7 @@ TOWER_LEVELS = (
     (4300, 24, 24, 0.75, 1, 4),
     (6000, 6, 20, 0.85, 3, 7),
     (6400, 12, 12, 0.5, 4, 5),
-    (8600, 24, 24, 0.75, 1, 6),
+    (11600, 24, 24, 0.75, 1, 6),
 )
 SPARSE = 0.15  # part of the background's patches that the decoder is shown, where not all
 # Levels of the decoder stage: until which step, side in patches, shapes, signs, scenes a step, part of the background.
@@ -78,10 +78,10 @@ DECODER_LEVELS = (
     (3300, 24, (2, 6), (1, 3), 8, SPARSE),
 )
 JOIN_SCENES = 8  # a step, also of the projector stage
-STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "projector": 300, "join": 820, "settle": 100}
-LEARNING_RATE = {"tower": 1e-3, "decoder": 1e-3, "projector": 3e-3, "join": 2e-4, "settle": 2e-4}
+STEPS = {"tower": TOWER_LEVELS[-1][0], "decoder": DECODER_LEVELS[-1][0], "projector": 300, "join": 2000, "settle": 100}
+LEARNING_RATE = {"tower": 1e-3, "decoder": 1e-3, "projector": 3e-3, "join": 2e-4, "settle": 5e-5}
 DECAY = {
-    "tower": 0.15,
+    "tower": 0.52,
     "decoder": 0.4,
     "projector": 0.7,
     "join": 0.9,
@@ -619,8 +619,7 @@ def train_join(until: int | None = None, stage: str = "join"):
         features = tower_features(tower, batch["pixels"], batch["positions_2d"])
         patch_loss, right = heads.losses(features, batch)
         loss, outcomes = answer_loss(model, where, projector(features), batch)
-        share = 0.5 * max(0, 1 - step / STEPS["join"]) if stage == "join" else 0
-        return loss + share * patch_loss, {f"patch {name}": value for name, value in right.items()} | outcomes
+        return loss + 0.5 * patch_loss, {f"patch {name}": value for name, value in right.items()} | outcomes
 
     return Trainer(stage, modules).run(AnswerBatches(stage), loss_of, until=until)
 
