@@ -366,10 +366,10 @@ class PrunedCacheMixin:
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negated number of tokens to remove from a pruned cache, got {tokens_to_remove}.")
-        full_length, layer = self.get_seq_length(), self.pruning_state.layer
+        full_length, layer = int(self.get_seq_length()), self.pruning_state.layer
         target = max(full_length + tokens_to_remove, 0)
         removed = full_length - target
-        removed_pruned = self.pruning_state.crop(target, self.get_seq_length(layer)) if removed else 0
+        removed_pruned = self.pruning_state.crop(target, int(self.get_seq_length(layer))) if removed else 0
         for number, cache_layer in enumerate(self.layers):
             cache_layer.crop(-removed if number < layer else -removed_pruned)
         if self.position_notes is not None:
