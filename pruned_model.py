@@ -77,6 +77,7 @@ class PrunedModelMixin:
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
 
     def __init__(self, config):
+        config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         self._no_split_modules |= prune_decoder(self.language_model)
 

@@ -61,6 +61,8 @@ def test_a_bad_value_is_named_with_its_range(key, value, legal):
     setattr(late, key, value)
     with pytest.raises(ValueError, match=key):
         late.pruning_settings()
+    with pytest.raises(ValueError, match=key):
+        VLMPrunerLlavaForConditionalGeneration(late)
 
 
 def test_a_value_of_the_wrong_type_is_named():
