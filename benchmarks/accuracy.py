@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +141,21 @@ def noise_picture(size: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size, size, 3)).astype(np.uint8))
 
 
+@contextmanager
+def configured(model, configuration: Configuration):
+    """The model's config holds the values of a configuration. A bad one raises the config's ValueError."""
+    keys = {"pruning_method": configuration.method, "pruning_ratio": configuration.ratio} | configuration.changes
+    before = {key: getattr(model.config, key) for key in keys}
+    try:
+        for key, value in keys.items():
+            setattr(model.config, key, value)
+        model.config.pruning_settings()
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
+
+
 @torch.inference_mode()
 def evaluate(model, processor, questions: list, configuration: Configuration, batch_size: int, progress=tqdm) -> dict:
     """Answer all questions.
@@ -150,13 +166,9 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
     Raises:
         RuntimeError: a configuration that should prune left a picture unpruned.
     """
-    keys = {"pruning_method": configuration.method, "pruning_ratio": configuration.ratio} | configuration.changes
-    before = {key: getattr(model.config, key) for key in keys}
     torch.manual_seed(0)
     right, counts, start = dict.fromkeys(QUESTION_TYPES, ""), [], time.perf_counter()
-    try:
-        for key, value in keys.items():
-            setattr(model.config, key, value)
+    with configured(model, configuration):
         for first in progress(range(0, len(questions), batch_size), desc=configuration.name, unit="batch", leave=False):
             part = questions[first : first + batch_size]
             answers, record = answer_batch(model, processor, part, configuration.blind)
@@ -164,9 +176,6 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
                 right[question.kind] += "01"[is_right(answer, question.answer)]
             if record is not None:
                 counts += [(image.num_visual, image.num_kept) for image in record.images]
-    finally:
-        for key, value in before.items():
-            setattr(model.config, key, value)
     result = {"right": right, "seconds": round(time.perf_counter() - start, 1)}
     if configuration.ratio > 0:
         if len(counts) < len(questions):
@@ -378,6 +387,12 @@ def main():
             for key, values in ablations(width).items()
             for value in values
         ]
+    try:
+        for configuration in configurations:  # before any of them is measured
+            with configured(model, configuration):
+                pass
+    except ValueError as error:
+        parser.error(str(error))
     for configuration in tqdm(configurations, desc="configurations"):
         if configuration.name not in results.results:
             results.add(configuration, evaluate(model, processor, questions, configuration, options.batch_size))

@@ -5,10 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 from benchmarks import accuracy
 from benchmarks.accuracy import Configuration, Results, collect_questions, is_right, markdown, relative, scores
 from training.scenes import QUESTION_TYPES
+from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
 
 
 @pytest.mark.parametrize("answer", ["CASTLE", " castle ", "Castle.", '"castle"', "CASTLE\n"])
@@ -99,7 +101,7 @@ def run(tmp_path, monkeypatch):
             key: value for key, value in entry(ratio=configuration.ratio).items() if key in ("right", "num_kept", "num_visual")
         }
 
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=192)))
+    model = SimpleNamespace(config=VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6)))
     monkeypatch.setattr(accuracy, "load", lambda path: (model, None, {}))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     (tmp_path / "config.json").write_text("{}")
@@ -133,6 +135,22 @@ def test_ablations_are_run_at_the_ratios_asked_for(run, ratios, expected):
     assert [name for name in ablated if name.endswith("token_batch=1")] == [
         f"vlm_pruner {ratio} token_batch=1" for ratio in expected
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--methods", "vlm_pruner:coarse"), "pruning_preset must be one of"),
+        (("--methods", "vlm_pruned"), "pruning_method must be one of"),
+        (("--ratios", "0.889", "1"), "pruning_ratio must be a number in [0, 1)"),
+    ],
+    ids=["preset", "method", "ratio"],
+)
+def test_a_bad_option_is_named_before_anything_is_measured(run, capsys, options, said):
+    with pytest.raises(SystemExit):
+        run(*options)
+    assert said in capsys.readouterr().err
+    assert run("--methods", "random", "--ratios", "0.5") == ["unpruned", "unpruned blind", "random 0.5"]
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, monkeypatch, capsys):
