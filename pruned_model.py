@@ -123,7 +123,9 @@ class PrunedModelMixin:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = self._encode(kwargs)
+        # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
+        # `mm_token_type_ids` does from transformers 5.18 to 5.22.
+        encoded = self._encode(kwargs) if has_visuals else {}
         visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(self.language_model.config, settings, cache, attention_mask, position_ids, visuals)
         plan.deepstack = self.deepstack(encoded, visuals)
