@@ -23,13 +23,15 @@ demo: .venv/.installed ## answer a question unpruned and pruned; MODEL=, IMAGE=,
 test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= is passed on
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 
-test-oldest: .venv-oldest/.installed ## the tests that depend on it, with the oldest supported transformers
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
+test-oldest: test-5.17 ## the tests that depend on it, with the oldest supported transformers; test-5.22 with that one, and so on
 
-train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on from its last checkpoint
+test-5.%: .venv-5.%/.installed
+	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
+
+train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
 
-accuracy: .venv/.installed ## what pruning costs in answers; ACCURACY_ARGS="--model FOLDER" while the root holds no model
+accuracy: .venv/.installed ## what pruning costs the model at the root in answers; ACCURACY_ARGS="--model FOLDER" for another
 	.venv/bin/python benchmarks/accuracy.py --ablations $(ACCURACY_ARGS)
 
 bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BENCH_ARGS= is passed on
@@ -49,14 +51,19 @@ format: .venv/.installed ## repair style
 	.venv/bin/ruff format .
 
 clean: ## remove environments, caches and results
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build demo_output *.egg-info
+	rm -rf .venv .venv-5.* .pytest_cache .ruff_cache build demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed: EXTRA :=
-.venv-oldest/.installed: EXTRA := "transformers==5.17.*"
-
-.venv/.installed .venv-oldest/.installed: pyproject.toml
+define install
 	@echo "Installing into $(@D) (once, about a minute)"
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) -e ".[test]" $(EXTRA)
+	@$(@D)/bin/python $(PIP_INSTALL) -e ".[test]" $(1)
 	@touch $@
+endef
+
+.venv/.installed: pyproject.toml
+	$(call install)
+
+.PRECIOUS: .venv-5.%/.installed
+.venv-5.%/.installed: pyproject.toml
+	$(call install,"transformers==5.$*.*")

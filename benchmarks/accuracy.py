@@ -1,7 +1,7 @@
 """What pruning costs in answers: exact match on synthetic scenes, by method, ratio and question type.
 
-`python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, this repo, as soon as
-its root holds a trained model (see training/README.md).
+`python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, the model at the root of
+this repo (see training/README.md).
 Scenes are those of training/scenes.py, split "test". Each configuration's answers are written as soon as they are known, and
 a second run goes on where the first stopped; results of other weights or questions are refused, not mixed.
 
