@@ -1,9 +1,9 @@
 """What pruning costs in answers: exact match on synthetic scenes, by method, ratio and question type.
 
-`python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, the model at the root of
-this repo (see training/README.md).
-Scenes are those of training/scenes.py, split "test". Each configuration's answers are written as soon as they are known, and
-a second run goes on where the first stopped; results of other weights or questions are refused, not mixed.
+`python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, the model at the root
+of this repo (see training/README.md). Scenes are those of training/scenes.py, split "test". Each configuration's answers are
+written as soon as they are known, and a second run goes on where the first stopped; results of other weights or questions are
+refused, not mixed.
 
 score      exact match, in percent, for each question type; greedy decoding, at most 12 tokens
 relative   mean over the types of score / unpruned score, as the paper averages its benchmarks, in percent
