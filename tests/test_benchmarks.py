@@ -67,13 +67,13 @@ def shrunk(name: str, num_layers: int = 4, **changes) -> Geometry:
     return replace(geometry, config=config, **changes)
 
 
-def tiny() -> Geometry:
-    return shrunk("0.5b", picture=(140, 168), grids=((5, 6),))
+def tiny(num_layers: int = 4) -> Geometry:
+    return shrunk("0.5b", num_layers, picture=(140, 168), grids=((5, 6),))
 
 
-def run_main(module, monkeypatch, capsys, *arguments) -> tuple[str, dict]:
+def run_main(module, monkeypatch, capsys, *arguments, num_layers: int = 4) -> tuple[str, dict]:
     """What a benchmark prints, and its last line as JSON. `0.5b` is tiny here."""
-    monkeypatch.setitem(GEOMETRIES, "0.5b", tiny())
+    monkeypatch.setitem(GEOMETRIES, "0.5b", tiny(num_layers))
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     module.main()
     printed = capsys.readouterr().out
@@ -133,6 +133,18 @@ def test_theory_counts_the_bytes_of_real_caches_and_weights(name):
     assert found == {"unpruned": theory.kv_bytes, "pruned": theory.pruned_kv_bytes}
     matrices = [*models["pruned"].model.language_model.layers.parameters(), models["pruned"].lm_head.weight]
     assert theory.weight_bytes == sum(weight.nbytes for weight in matrices if weight.ndim == 2)
+    calls = prefill.decoder_calls(models["unpruned"], 2, {"full": theory.tokens, "short": theory.pruned_tokens})
+    shapes = {name: tuple(call().last_hidden_state.shape) for name, call in calls.items()}
+    assert shapes == {"full": (2, theory.tokens, 64), "short": (2, theory.pruned_tokens, 64)}
+
+
+def test_reachable_ratio_by_hand(monkeypatch, capsys):
+    assert prefill.reachable_ratio(full=8.0, short=1.0, pruned_layers=0.75) == 8.0 / (2.0 + 0.75)
+    seconds = {"unpruned": 9.0, "pruned": 3.0, "full": 8.0, "short": 1.0}
+    monkeypatch.setattr(prefill, "interleaved_medians", lambda calls, *_: {name: seconds[name] for name in calls})
+    printed, result = run_main(prefill, monkeypatch, capsys, "--repeats", 1, "--attention", "sdpa", num_layers=8)
+    assert result["runs"][0]["rows"][1]["reachable"] == 8.0 / (2.0 + 0.75)  # from layer 2 of 8 on
+    assert "| 3.00 | 2.91 |" in printed
 
 
 def test_both_models_have_the_same_weights():
@@ -163,7 +175,8 @@ def test_prefill(monkeypatch, capsys, tmp_path):
         assert row["kv_bytes"] == run["theory"]["kv_bytes" if row["model"] == "unpruned" else "pruned_kv_bytes"]
         assert row["peak_bytes"] is None
         assert min(row["tower_s"], row["prefill_s"], row["decode_s"]) > 0
-        assert (row["selection_s"] is not None) == (row["of_ideal"] is not None) == (row["model"] == "pruned")
+        for of_pruned in ("selection_s", "of_ideal", "reachable"):
+            assert (row[of_pruned] is not None) == (row["model"] == "pruned")
     (path,) = tmp_path.iterdir()
     assert path.name == f"prefill_0.5b_{measurement.hardware_slug(result)}.json"
     assert json.loads(path.read_text()) == result
