@@ -46,7 +46,7 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 # The ablations of the paper's supplement: each value of a key with the paper's average (LLaVA-1.5-7B, 64 tokens). Channels are
-# parts of the hidden size, 4,096 there; an aggregation weight of 1 is no aggregation, a spatial weight of 0 no spatial term.
+# parts of the hidden size.
 ABLATIONS = {
     "pruning_num_pivots": dict(zip(range(1, 9), (94.36, 94.46, 94.41, 95.30, 94.68, 95.25, 94.55, 94.40), strict=True)),
     "pruning_num_channels": {1 / 32: 95.25, 1 / 16: 95.30, 1 / 8: 94.42, 1 / 4: 94.26, 1: 95.14},
@@ -64,6 +64,13 @@ ABLATIONS = {
     },
     "pruning_layer": dict(zip((1, 2, 3, 4), (93.65, 95.30, 94.86, 94.91), strict=True)),
     "pruning_spatial_weight": {0.0: None, 0.5: 95.30},
+}
+# What a reader of their tables has to know.
+ABLATION_NOTES = {
+    "pruning_num_channels": "128, 256, 512, 1,024 and all of the paper's 4,096, scaled to the {} of this decoder; "
+    "of fewer than the default's 256 the default takes all",
+    "pruning_aggregation_weight": "1 is no aggregation",
+    "pruning_spatial_weight": "0 is no spatial term",
 }
 
 
@@ -251,6 +258,12 @@ class Results:
         os.replace(self.path.with_suffix(".new"), self.path)
 
 
+def heading(about: dict) -> str:
+    """A line that says what the answers were counted with, of what a result file says of itself."""
+    place = f"{about['hardware']}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}"
+    return f"Questions of each type: {about['per_type']}. {place}."
+
+
 def markdown(results: dict, hidden_size: int) -> str:
     """Main table, blind row included, and one table for each ablation."""
     unpruned = results["unpruned"]["right"]
@@ -261,7 +274,8 @@ def markdown(results: dict, hidden_size: int) -> str:
     ratios = sorted({entry["ratio"] for entry in ablated.values()})
     for key, values in ablations(hidden_size).items() if ratios else ():
         heads = ["value", *(f"relative at {_percent(ratio)} [95 %]" for ratio in ratios), "paper, 88.9 %"]
-        lines += ["", f"`{key}`:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        note = f" ({ABLATION_NOTES[key].format(hidden_size)})" if key in ABLATION_NOTES else ""
+        lines += ["", f"`{key}`{note}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for value, paper in values.items():
             entries = [ablated.get(Configuration("vlm_pruner", ratio, {key: value}).name) for ratio in ratios]
             if any(entries):
@@ -396,7 +410,7 @@ def main():
     for configuration in tqdm(configurations, desc="configurations"):
         if configuration.name not in results.results:
             results.add(configuration, evaluate(model, processor, questions, configuration, options.batch_size))
-    table = markdown(results.results, width)
+    table = f"{heading(results.content['about'])}\n\n{markdown(results.results, width)}"
     options.output.with_suffix(".md").write_text(table)
     plot(results.results, options.output.with_suffix(".png"))
     print(table)

@@ -78,6 +78,7 @@ def test_tables_show_what_was_measured_beside_the_paper():
     at_both = next(line for line in text.splitlines() if line.startswith("| 1 |"))
     assert at_both.startswith("| 1 | 100.0 [100.0, 100.0] | 50.0 [") and at_both.endswith("] | 95.62 |")
     assert "| 128 | 100.0 [100.0, 100.0] | - | 95.25 |" in text  # a 32nd of the channels, as in the paper
+    assert "`pruning_num_channels` (128, 256, 512, 1,024 and all of the paper's 4,096, scaled to the 4096 of this" in text
     assert "| 2 | " not in text  # nothing is shown of a value that was not measured
 
 
@@ -102,7 +103,8 @@ def run(tmp_path, monkeypatch):
         }
 
     model = SimpleNamespace(config=VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6)))
-    monkeypatch.setattr(accuracy, "load", lambda path: (model, None, {}))
+    about = accuracy.environment("cpu") | {"dtype": "float32"}
+    monkeypatch.setattr(accuracy, "load", lambda path: (model, None, about))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     (tmp_path / "config.json").write_text("{}")
     fixed = ["accuracy.py", "--model", str(tmp_path), "--per-type", "1", "--output", str(tmp_path / "accuracy.json")]
@@ -123,7 +125,8 @@ def test_a_second_run_measures_only_what_is_missing(run, tmp_path):
     assert measured == ["unpruned", "unpruned blind", *pruned]
     output = tmp_path / "accuracy.json"
     assert set(json.loads(output.read_text())["results"]) == set(measured)
-    assert output.with_suffix(".md").exists() and output.with_suffix(".png").exists()
+    assert output.with_suffix(".md").read_text().startswith("Questions of each type: 1. ")
+    assert output.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize(("ratios", "expected"), [((), (0.889, 0.944)), (("0.778",), (0.778,))], ids=["default", "given"])
