@@ -33,7 +33,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from measurement import environment  # noqa: E402
+from measurement import environment, place_and_versions  # noqa: E402
 
 from training.scenes import QUESTION_TYPES, Question, Scene, ask, draw, make_scene  # noqa: E402
 
@@ -258,12 +258,6 @@ class Results:
         os.replace(self.path.with_suffix(".new"), self.path)
 
 
-def heading(about: dict) -> str:
-    """A line that says what the answers were counted with, of what a result file says of itself."""
-    place = f"{about['hardware']}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}"
-    return f"Questions of each type: {about['per_type']}. {place}."
-
-
 def markdown(results: dict, hidden_size: int) -> str:
     """Main table, blind row included, and one table for each ablation."""
     unpruned = results["unpruned"]["right"]
@@ -410,7 +404,9 @@ def main():
     for configuration in tqdm(configurations, desc="configurations"):
         if configuration.name not in results.results:
             results.add(configuration, evaluate(model, processor, questions, configuration, options.batch_size))
-    table = f"{heading(results.content['about'])}\n\n{markdown(results.results, width)}"
+    measured = results.content["about"]
+    heading = f"Questions of each type: {measured['per_type']}. {place_and_versions(measured)}."
+    table = f"{heading}\n\n{markdown(results.results, width)}"
     options.output.with_suffix(".md").write_text(table)
     plot(results.results, options.output.with_suffix(".png"))
     print(table)

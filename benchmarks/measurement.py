@@ -132,12 +132,16 @@ def hardware_slug(place: dict) -> str:
     return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
+def place_and_versions(result: dict) -> str:
+    """Where and with what, of a result that has `environment` and perhaps a dtype in it."""
+    place = ", ".join(str(result[key]) for key in ("hardware", "dtype") if key in result)
+    return f"{place}, {result['threads']} CPU threads, torch {result['torch']}, transformers {result['transformers']}"
+
+
 def heading(result: dict) -> str:
     """A line that says where, with what, and over how many calls."""
-    place = ", ".join(str(result[key]) for key in ("hardware", "dtype") if key in result)
-    versions = f"{result['threads']} CPU threads, torch {result['torch']}, transformers {result['transformers']}"
     few = "" if result["repeats"] >= ENOUGH else f", fewer than the {ENOUGH} that a result needs"
-    return f"{place}, {versions}; medians of {result['repeats']}{few}"
+    return f"{place_and_versions(result)}; medians of {result['repeats']}{few}"
 
 
 def table(rows: Sequence[dict]) -> str:
