@@ -190,14 +190,22 @@ def select_tokens(
     grid: Sequence[int],
     num_keep: int,
     parameters: PruningParameters = PAPER_PARAMETERS,
+    required: int | None = None,
 ) -> Selection:
     """Choose the tokens to keep and the groups to aggregate: stages 1 and 2, and the weights of stage 3.
 
     Arguments and errors are those of `prune_tokens`. Ties go to the lower index everywhere; tokens that are accepted
     together are ordered by score, ascending. The choice is made in float32 whatever the dtype of the inputs.
+
+    Args:
+        required: a token in 0..N-1 that must be among those kept, because its output is needed. Where it is not chosen, it
+            takes the last place in the order of selection. The paper has no such token: there, text follows the image.
     """
     _check_arguments(hidden_states, keys, grid, num_keep)
-    return select_batch(hidden_states, keys, GridBatch([grid], [num_keep], hidden_states.device), parameters)
+    if required is not None and not (isinstance(required, Integral) and 0 <= required < len(hidden_states)):
+        raise ValueError(f"required must be None or an integer in 0..{len(hidden_states) - 1}, but is {required!r}.")
+    batch = GridBatch([grid], [num_keep], hidden_states.device, [required])
+    return select_batch(hidden_states, keys, batch, parameters)
 
 
 @torch.no_grad()
@@ -224,8 +232,8 @@ def select_batch(
         return Selection(*select(hidden_states, keys.transpose(0, 1).flatten(1), batch, parameters))
     parts = zip(hidden_states.cpu().split(batch.sizes), keys.cpu().split(batch.sizes, dim=1), strict=True)
     chosen = [
-        _select_on_cpu(*part, grid, num_keep, parameters)
-        for part, grid, num_keep in zip(parts, batch.grids, batch.num_keep, strict=True)
+        _select_on_cpu(*part, grid, num_keep, parameters, required)
+        for part, grid, num_keep, required in zip(parts, batch.grids, batch.num_keep, batch.required, strict=True)
     ]
     starts = itertools.accumulate(batch.sizes, initial=0)
     chosen = [(order + start, owner + start, weight) for start, (order, owner, weight) in zip(starts, chosen, strict=False)]
@@ -240,7 +248,8 @@ def select_random(
 ) -> Selection:
     """As many tokens of each grid, chosen uniformly at random, and nothing merged: the control that a method has to beat.
 
-    Arguments are those of `select_batch`; only `batch` matters. Draws from the global generator of the device.
+    Arguments are those of `select_batch`; only `batch` matters. Draws from the global generator of the device. A
+    token that must be kept takes the last place where it is not drawn.
     """
     layout, device = batch.layout, hidden_states.device
     shuffled = torch.rand(len(hidden_states), device=device).argsort()
@@ -249,6 +258,11 @@ def select_random(
     total = sum(batch.num_keep)
     image = torch.arange(len(num_keep), device=device).repeat_interleave(num_keep, output_size=total)
     order = shuffled[start[image] + torch.arange(total, device=device) - kept_start[image]]
+    if any(token is not None for token in batch.required):
+        required = layout.table[:, 8]
+        num_drawn = torch.zeros_like(required).index_add_(0, image, (order == start[image] + required[image]).long())
+        places = kept_start + num_keep - 1
+        order[places] = torch.where((required < 0) | (num_drawn > 0), order[places], start + required)
     return Selection(batch.num_keep, order, order.sort().values)
 
 
@@ -297,15 +311,22 @@ def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregat
 
 
 def _select_on_cpu(
-    hidden_states: torch.Tensor, keys: torch.Tensor, grid: Sequence[int], num_keep: int, parameters: PruningParameters
+    hidden_states: torch.Tensor,
+    keys: torch.Tensor,
+    grid: Sequence[int],
+    num_keep: int,
+    parameters: PruningParameters,
+    required: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The kept tokens in order [R], the kept token that each token belongs to [N], and its cosine with it [N]."""
     hidden_states = _rescale("hidden_states", hidden_states).float()
     pivots = choose_pivots(_rescale("keys", keys), min(parameters.num_pivots, num_keep))
     similarity = channel_cosines(hidden_states, parameters.num_channels).numpy()
-    candidates = _Candidates(similarity, grid, parameters.spatial_weight)
+    candidates = _Candidates(similarity, grid, parameters.spatial_weight, num_keep, required)
     candidates.accept(pivots)
-    _accept_rounds(candidates, num_keep, parameters)
+    _accept_rounds(candidates, parameters)
+    if required is not None and required not in candidates.accepted:  # a round that took nothing was the last
+        candidates.accept([required])
     order = np.array(candidates.accepted)
     kept = np.sort(order)
     to_kept = similarity[kept]
@@ -419,10 +440,15 @@ class _Candidates:
         similarity: [N, N] float32, M.
         grid: its sides, row-major.
         spatial_weight: lambda.
+        num_keep: R.
+        required: the token that takes the last place in S where it has none before; None for no such token.
     """
 
-    def __init__(self, similarity: np.ndarray, grid: Sequence[int], spatial_weight: float):
+    def __init__(
+        self, similarity: np.ndarray, grid: Sequence[int], spatial_weight: float, num_keep: int, required: int | None = None
+    ):
         self.similarity = similarity
+        self.num_keep, self.required = num_keep, required
         self.axes = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
         self.diagonal = diagonal(grid)
         self.spatial_weight = np.float32(min(spatial_weight, SCORE_LIMIT))
@@ -433,6 +459,9 @@ class _Candidates:
 
     def accept(self, tokens: Sequence[int]):
         """Add tokens to S, in this order, and bring every score up to date."""
+        is_full = len(self.accepted) + len(tokens) == self.num_keep
+        if is_full and self.required is not None and self.required not in (*self.accepted, *tokens):
+            tokens = [*tokens[:-1], self.required]
         self.accepted.extend(tokens)
         np.maximum(self.most_similar, self.similarity[tokens].max(0), out=self.most_similar)
         self.most_similar[tokens] = np.inf
@@ -442,8 +471,8 @@ class _Candidates:
         self.scores = self.most_similar * (1 + self.spatial_weight * distance)
 
 
-def _accept_rounds(candidates: _Candidates, num_keep: int, parameters: PruningParameters):
-    """Rounds of rising thresholds until `num_keep` are accepted: VLM-Pruner (arXiv 2512.02700), stage 2.
+def _accept_rounds(candidates: _Candidates, parameters: PruningParameters):
+    """Rounds of rising thresholds until R tokens are accepted: VLM-Pruner (arXiv 2512.02700), stage 2.
 
     A round walks the candidates by ascending score in batches of B, each scored against the S of that moment, and
     accepts what scores below the threshold. S changes only where a batch accepts, so the walk leaps from one accepting
@@ -451,6 +480,7 @@ def _accept_rounds(candidates: _Candidates, num_keep: int, parameters: PruningPa
     = False.
     """
     thresholds, number, threshold, batch_size = Thresholds.of(parameters), -1.0, -math.inf, parameters.token_batch
+    num_keep = candidates.num_keep
     while len(candidates.accepted) < num_keep:
         number += 1
         threshold, lowest = max(threshold, thresholds.at(number)), candidates.scores.min()

@@ -132,11 +132,19 @@ class GridBatch:
         grids: (height, width) or (frames, height, width) of each.
         num_keep: number of tokens to keep of each, from 1 to all of them.
         device: where `layout` is made.
+        required: a token of each grid that must be among those kept, or None. Where it is not chosen, it takes the last place.
     """
 
-    def __init__(self, grids: Sequence[Sequence[int]], num_keep: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        grids: Sequence[Sequence[int]],
+        num_keep: Sequence[int],
+        device: torch.device | str = "cpu",
+        required: Sequence[int | None] | None = None,
+    ):
         self.grids = tuple(tuple(grid) for grid in grids)
         self.num_keep = tuple(num_keep)
+        self.required = (None,) * len(self.grids) if required is None else tuple(required)
         self.sizes = tuple(math.prod(grid) for grid in self.grids)
         self.device = torch.device(device)
 
@@ -147,11 +155,12 @@ class GridBatch:
         starts, kept_starts = sizes.cumsum() - sizes, num_keep.cumsum() - num_keep
         sides = np.array([(1, *grid)[-3:] for grid in self.grids])
         diagonals = np.array([diagonal(grid) for grid in self.grids], dtype=np.float64).view(np.int64)
+        required = np.array([-1 if token is None else token for token in self.required])
         places = np.arange(sizes.max())
         is_token = places < sizes[:, None]
         image = np.repeat(np.arange(len(sizes)), sizes)
         arrays = (
-            np.column_stack([starts, sizes, num_keep, kept_starts, sides, diagonals]),
+            np.column_stack([starts, sizes, num_keep, kept_starts, sides, diagonals, required]),
             starts[:, None] + np.where(is_token, places, 0),
             is_token,
             image,
@@ -166,8 +175,8 @@ class Layout(NamedTuple):
     """A `GridBatch` of G grids and T tokens as int64 tensors.
 
     Attributes:
-        table: [G, 8]: first packed row, number of tokens, number to keep, their first place among all kept tokens, frames,
-            height, width, and the bits of the diagonal as float64.
+        table: [G, 9]: first packed row, number of tokens, number to keep, their first place among all kept tokens, frames,
+            height, width, the bits of the diagonal as float64, and the token that must be kept, -1 for none.
         padded: [G, longest], the packed row of each token; after the last token, that of the first.
         is_token: [G, longest], 0 after the last token.
         image: [T], the grid of each packed row.
@@ -227,6 +236,7 @@ def select_packed_in_torch(hidden_states: torch.Tensor, keys: torch.Tensor, batc
         candidates.accept_next_batch()
     order = candidates.order[:-1]
     if not parameters.fill_budget:
+        candidates.accept_required()
         order, counts = order[order >= 0], tuple(candidates.num_accepted.flatten().tolist())
     owner, weight = (values[layout.image, layout.place] for values in candidates.owners())
     return counts, order, *group_tokens(order, owner, weight)
@@ -288,7 +298,9 @@ class _Candidates:
         self.tokens = torch.arange(similarity.shape[1], device=device)
         height, width = table[:, 5, None], table[:, 6, None]
         self.axes = (self.tokens // (height * width), self.tokens // width % height, self.tokens % width)
-        self.diagonal = table[:, 7:].view(torch.float64).float()
+        self.diagonal = table[:, 7:8].view(torch.float64).float()
+        self.required = table[:, 8, None] if any(token is not None for token in batch.required) else None
+        self.budget = self.num_keep
         self.is_token = batch.layout.is_token.bool()
         self.free = self.is_token
         self.largest_share = max(batch.num_keep)
@@ -303,7 +315,11 @@ class _Candidates:
 
     def accept(self, tokens: torch.Tensor, is_accepted: torch.Tensor) -> None:
         """Add those of `tokens` [G, K] that `is_accepted` [G, K], the first of each row, in this order."""
-        place = self.kept_start + self.num_accepted + torch.arange(tokens.shape[1], device=tokens.device)
+        number = self.num_accepted + torch.arange(tokens.shape[1], device=tokens.device)
+        if self.required is not None:
+            is_waiting = self._required_is_free() & ~(is_accepted & (tokens == self.required)).any(1, keepdim=True)
+            tokens = torch.where(is_waiting & (number == self.budget - 1), self.required, tokens)
+        place = self.kept_start + number
         place = place.masked_fill(~is_accepted, len(self.order) - 1)
         self.order.scatter_(0, place.flatten(), (self.start + tokens).flatten())
         self.num_accepted = self.num_accepted + is_accepted.sum(1, keepdim=True)
@@ -313,6 +329,15 @@ class _Candidates:
         self.most_similar = torch.maximum(self.most_similar, similarity.masked_fill(is_rejected, -torch.inf).amax(1))
         squared = sum((axis.gather(1, tokens)[..., None] - axis[:, None]) ** 2 for axis in self.axes)
         self.nearest = torch.minimum(self.nearest, squared.masked_fill(is_rejected, FAR).amin(1))
+
+    def _required_is_free(self) -> torch.BoolTensor:
+        """[G, 1], whether a grid has a token that must be kept and is not yet."""
+        return self.free.gather(1, self.required.clamp_min(0)) & (self.required >= 0)
+
+    def accept_required(self) -> None:
+        """Add what must be kept where a grid stopped before its budget was full."""
+        if self.required is not None:
+            self.accept(self.required.clamp_min(0), self._required_is_free())
 
     def scores(self) -> torch.Tensor:
         distance = self.nearest.float().sqrt() / self.diagonal

@@ -30,7 +30,7 @@ except ImportError:
 
 FAR, NOT_A_SCORE = tl.constexpr(FAR), tl.constexpr(NOT_A_SCORE)
 SMALLEST_STEP, THRESHOLD_LIMIT = tl.constexpr(SMALLEST_STEP), tl.constexpr(THRESHOLD_LIMIT)
-TABLE_WIDTH = tl.constexpr(8)
+TABLE_WIDTH = tl.constexpr(9)
 EPSILON = tl.constexpr(2**-23)
 LAST = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(2**63 - 1)
@@ -132,6 +132,13 @@ def _accept(token, similarity, longest, height, width, tokens, is_token, most_si
 
 
 @triton.jit
+def _or_required(token, required, tokens, free, is_last):
+    """`token`, or in the last place of the budget the one that must be kept, where it is not yet."""
+    is_waiting = tl.max((free & (tokens == required)).to(tl.int32)) > 0
+    return tl.where(is_last & is_waiting, required, token)
+
+
+@triton.jit
 def _rank(values, tokens, is_token, num_tokens, scratch):
     """Place of each token in the stable ascending order of `values`, by counting. All threads read what all have written."""
     tl.store(scratch + tokens, values, mask=is_token)
@@ -173,6 +180,7 @@ def _greedy_kernel(
     num_keep, kept_start = tl.load(table + 2).to(tl.int32), tl.load(table + 3)
     height, width = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
     diagonal = tl.load(table + 7).to(tl.float64, bitcast=True).to(tl.float32)
+    required, budget = tl.load(table + 8).to(tl.int32), num_keep
     first, step = tl.load(first_pointer), tl.load(step_pointer)
     similarity += image.to(tl.int64) * longest * longest
     scratch += start
@@ -184,6 +192,7 @@ def _greedy_kernel(
     num_accepted = tl.minimum(most_pivots, num_keep)
     for place in range(num_accepted):
         pivot = _pivot_of(tl.load(cells + place * num_images + image))
+        pivot = _or_required(pivot, required, tokens, free, place == budget - 1)
         tl.store(order + kept_start + place, start + pivot)
         most_similar, owner, nearest, free = _accept(
             pivot, similarity, longest, height, width, tokens, is_token, most_similar, owner, nearest, free
@@ -219,6 +228,7 @@ def _greedy_kernel(
             is_walking = lowest_key != NO_KEY
             while (lowest_key != NO_KEY) & (num_accepted < num_keep):
                 token = (lowest_key & LAST).to(tl.int32)
+                token = _or_required(token, required, tokens, free, num_accepted == budget - 1)
                 tl.store(order + kept_start + num_accepted, start + token)
                 num_accepted += 1
                 most_similar, owner, nearest, free = _accept(
@@ -228,6 +238,13 @@ def _greedy_kernel(
                 lowest_key = tl.min(keys)
             is_walking = is_walking & (num_accepted < num_keep)
             scores = _scores(most_similar, nearest, free, diagonal, spatial_weight)
+
+    if not FILL_BUDGET:  # noqa: SIM102 - compiled away where it is True
+        if tl.max((free & (tokens == required)).to(tl.int32)) > 0:
+            tl.store(order + kept_start + num_accepted, start + required)
+            most_similar, owner, nearest, free = _accept(
+                required, similarity, longest, height, width, tokens, is_token, most_similar, owner, nearest, free
+            )
 
     is_kept = is_token & ~free
     owner = tl.where(is_kept, tokens, owner)

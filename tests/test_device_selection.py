@@ -185,7 +185,7 @@ def test_torch_operations_do_not_grow_with_the_images(token_batch):
     counts = set()
     for num_images in (1, 2, 8):
         hidden_states, keys, batch = images(num_images)
-        assert batch.layout.table.shape == (num_images, 8)  # the one copy from the host is made before
+        assert batch.layout.table.shape == (num_images, 9)  # the one copy from the host is made before
         with OnDevice() as operations:
             select_in_torch(hidden_states, keys, batch, PruningParameters(token_batch=token_batch, num_channels=16))
         counts.add(operations.count)
