@@ -24,10 +24,13 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
 )
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
-from .pruned_decoder import GridView, video_views
+from .pruned_decoder import GridView, PrunedLayerMixin, video_views
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
     PrunedModelMixin,
@@ -46,7 +49,25 @@ register_weight_renaming(
 )
 
 
-class VLMPrunerLlavaModel(PrunedModelMixin, LlavaModel):
+class LlamaDecoderLayer(PrunedLayerMixin, modeling_llama.LlamaDecoderLayer):
+    """Llama's layer, which follows a plan."""
+
+
+class MistralDecoderLayer(PrunedLayerMixin, modeling_mistral.MistralDecoderLayer):
+    """Mistral's layer, which follows a plan."""
+
+
+class Qwen2DecoderLayer(PrunedLayerMixin, modeling_qwen2.Qwen2DecoderLayer):
+    """Qwen2's layer, which follows a plan."""
+
+
+class PrunedLlavaModelMixin(PrunedModelMixin):
+    """Put in front of a stock LLaVA model, of whichever language model."""
+
+    decoder_layers = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+
+
+class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     """`LlavaModel` whose decoder drops visual tokens. `last_hidden_state` keeps the caller's length, with zeros where a token
     was dropped."""
 
@@ -100,7 +121,7 @@ class PackedTiles:
     options: dict
 
 
-class AnyResolutionMixin(PrunedModelMixin):
+class AnyResolutionMixin(PrunedLlavaModelMixin):
     """Put in front of a stock model whose images are a base view and tiles of a larger one."""
 
     def pack_image_features(self, image_features, image_sizes, **options):

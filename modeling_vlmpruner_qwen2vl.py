@@ -18,14 +18,17 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
 )
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
-from .pruned_cache import CACHE_NAME, PositionNotes
-from .pruned_decoder import GridView, video_views
+from .pruned_cache import CACHE_NAME, position_notes
+from .pruned_decoder import GridView, PrunedLayerMixin, video_views
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
     PrunedModelMixin,
+    explained_to_later_turns,
     pruned_forward,
     register_weight_renaming,
 )
@@ -37,6 +40,14 @@ register_weight_renaming(
     VLMPrunerQwen2_5_VLForConditionalGeneration="Qwen2_5_VLForConditionalGeneration",
     VLMPrunerQwen2_5_VLModel="Qwen2_5_VLModel",
 )
+
+
+class Qwen2VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_vl.Qwen2VLDecoderLayer):
+    """Qwen2-VL's layer, which follows a plan."""
+
+
+class Qwen2_5_VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_5_vl.Qwen2_5_VLDecoderLayer):
+    """Qwen2.5-VL's layer, which follows a plan."""
 
 
 class PrunedQwenModelMixin(PrunedModelMixin):
@@ -74,9 +85,11 @@ class PrunedQwenModelMixin(PrunedModelMixin):
 
     def resolve_position_ids(self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, inputs):
         """M-RoPE positions [3, batch, length] of a call's tokens, after those of its cache."""
-        past_length = 0 if cache is None else cache.get_seq_length()
-        if position_ids is not None or (past_length == 0 and not has_visuals):
+        if position_ids is not None:
             return position_ids
+        past_length = 0 if cache is None else cache.get_seq_length()
+        if past_length == 0 and not has_visuals:
+            return None
         if has_visuals and inputs.get("mm_token_type_ids") is None:
             raise ValueError(
                 "mm_token_type_ids is missing. With images or videos it tells M-RoPE which tokens lie on a grid; the processor "
@@ -87,7 +100,31 @@ class PrunedQwenModelMixin(PrunedModelMixin):
                 self._grid_views(grid_thw, inputs.get(grid_thw), inputs[pixels])
         tokens = input_ids if input_ids is not None else torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)
         types = inputs.get("mm_token_type_ids") if has_visuals else None
+        has_grids = any(inputs.get(grid_thw) is not None for _, (grid_thw,) in self.encoder_inputs.values())
+        if types is not None and (types.shape != tokens.shape or not has_grids):
+            return None  # embeddings with virtual tokens before them, of prompt tuning: counted as text, as in the stock class
         return self.mrope_position_ids(tokens, types, attention_mask, cache, inputs)
+
+    def get_rope_index(self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, **kwargs):
+        """As in the stock class.
+
+        Raises:
+            ValueError: if a modality has another number of placeholders than its grids make of features.
+        """
+        grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+        try:
+            return super().get_rope_index(input_ids, mm_token_type_ids=mm_token_type_ids, **grids, **kwargs)
+        except (IndexError, RuntimeError, StopIteration, TypeError):
+            for number, (modality, grid_thw) in enumerate(zip(("Image", "Video"), grids.values(), strict=True), start=1):
+                num_tokens = int((mm_token_type_ids == number).sum())
+                num_patches = 0 if grid_thw is None else int(grid_thw.prod(-1).sum())
+                num_features = num_patches // self.config.vision_config.spatial_merge_size**2
+                if num_tokens != num_features:
+                    raise ValueError(
+                        f"{modality} features and {modality.lower()} tokens do not match, tokens: {num_tokens}, "
+                        f"features: {num_features}"
+                    ) from None
+            raise
 
     def mrope_position_ids(
         self, tokens: torch.Tensor, types: torch.Tensor | None, attention_mask, cache: Cache | None, inputs: dict
@@ -108,7 +145,8 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         if types is not None:
             names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             grids = {name: inputs[name] for name in names if inputs.get(name) is not None}
-            positions, _ = self.get_rope_index(tokens, mm_token_type_ids=types, attention_mask=new_mask, **grids)
+            with explained_to_later_turns(cache):
+                positions, _ = self.get_rope_index(tokens, mm_token_type_ids=types, attention_mask=new_mask, **grids)
         elif new_mask is not None:
             positions = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
         else:
@@ -116,7 +154,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
             return positions
-        return positions + _position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
+        return positions + position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
 
     def note_positions(self, cache, position_ids, attention_mask) -> None:
         """Leave the positions of a call with its cache."""
@@ -124,19 +162,13 @@ class PrunedQwenModelMixin(PrunedModelMixin):
             return
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             attention_mask = None
-        _position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
+        position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):
     for features, image_views in zip(outputs.pooler_output, views, strict=True):
         features.grid_views = image_views
     return outputs
-
-
-def _position_notes(cache: Cache) -> PositionNotes:
-    if getattr(cache, "position_notes", None) is None:
-        cache.position_notes = PositionNotes()
-    return cache.position_notes
 
 
 class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixin):
@@ -166,6 +198,7 @@ class VLMPrunerQwen2VLModel(PrunedQwenModelMixin, Qwen2VLModel):
     """`Qwen2VLModel` whose decoder drops visual tokens."""
 
     config: VLMPrunerQwen2VLConfig
+    decoder_layers = (Qwen2VLDecoderLayer,)
 
 
 class VLMPrunerQwen2VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen2VLForConditionalGeneration):
@@ -186,6 +219,7 @@ class VLMPrunerQwen2_5_VLModel(PrunedQwenModelMixin, Qwen2_5_VLModel):
     """`Qwen2_5_VLModel` whose decoder drops visual tokens."""
 
     config: VLMPrunerQwen2_5_VLConfig
+    decoder_layers = (Qwen2_5_VLDecoderLayer,)
 
 
 class VLMPrunerQwen2_5_VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen2_5_VLForConditionalGeneration):

@@ -8,16 +8,30 @@ reach exactly the tokens that are still there.
 import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerQwen3VLConfig
 from .modeling_vlmpruner_qwen2vl import PrunedQwenForConditionalGenerationMixin, PrunedQwenModelMixin
+from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import pruned_forward
+
+
+class Qwen3VLTextDecoderLayer(PrunedLayerMixin, modeling_qwen3_vl.Qwen3VLTextDecoderLayer):
+    """Qwen3-VL's layer, which follows a plan."""
 
 
 class VLMPrunerQwen3VLModel(PrunedQwenModelMixin, Qwen3VLModel):
     """`Qwen3VLModel` whose decoder drops visual tokens."""
 
     config: VLMPrunerQwen3VLConfig
+    decoder_layers = (Qwen3VLTextDecoderLayer,)
+
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor | None = None, **kwargs):
+        """As in the stock class, which takes videos for images, with `grid_views` as in `get_image_features`."""
+        self._grid_views("video_grid_thw", video_grid_thw, pixel_values_videos)
+        return self.get_image_features(pixel_values_videos, video_grid_thw, **(kwargs | {"return_dict": True}))
 
     def deepstack(self, encoded, visuals):
         """For each of the first decoder layers, the features to add after it, of each modality."""

@@ -265,6 +265,7 @@ class PrunedCacheState:
             self.rows = rows if self.rows is None else self.rows[rows]
 
     def repeat_rows(self, repeats: int) -> None:
+        """Each row of the cache becomes `repeats` rows, one after another."""
         if self.positions is not None:
             rows = torch.arange(self.positions.shape[0], device=self.positions.device) if self.rows is None else self.rows
             self.rows = rows.repeat_interleave(repeats)
@@ -317,7 +318,9 @@ class PositionNotes:
         """The position that follows each of the first `length` tokens. [batch, length]"""
         self._fold()
         known = torch.zeros(batch, 0, dtype=torch.long) if self._known is None else self._known[:, :length]
-        known = known.to(device).repeat_interleave(batch // known.shape[0], dim=0)
+        rows = known.shape[0]  # fewer than asked for: all alike; more: each asked for was repeated, as `generate` does later
+        known = known.to(device)
+        known = known[:: rows // batch] if rows > batch else known.repeat_interleave(batch // rows, dim=0)
         last = known[:, -1:] if known.shape[1] else known.new_zeros(batch, 1)
         if attention_mask is None:
             since = known.new_ones(batch, length - known.shape[1])
@@ -327,15 +330,18 @@ class PositionNotes:
 
     def crop(self, length: int) -> None:
         self._fold()
-        self._known = self._known[:, :length]
+        if self._known is not None:
+            self._known = self._known[:, :length]
 
     def move_rows(self, rows: torch.LongTensor) -> None:
         self._fold()
-        self._known = self._known[rows.to(self._known.device)]
+        if self._known is not None and len(self._known) > 1:  # one row stands for as many as there are
+            self._known = self._known[rows.to(self._known.device)]
 
     def repeat_rows(self, repeats: int) -> None:
         self._fold()
-        self._known = self._known.repeat_interleave(repeats, dim=0)
+        if self._known is not None and len(self._known) > 1:
+            self._known = self._known.repeat_interleave(repeats, dim=0)
 
     def _fold(self) -> None:
         if self._noted is None:
@@ -352,11 +358,73 @@ class PositionNotes:
         self._known = torch.cat([past, reached.cummax(dim=1).values + 1], dim=1)
 
 
-class PrunedCacheMixin:
+class FollowingMixin:
+    """Put in front of the class of a cache, or of one of its layers, so that what we note there follows what is done to it.
+
+    Such a class is made where a cache is met, of whatever class it is. So it is pickled by the two that it is made of.
+    """
+
+    name_prefix: str
+
+    def __reduce_ex__(self, protocol):
+        return _new_in_front, type(self).__bases__, self.__dict__
+
+
+@lru_cache
+def _class_in_front(mixin: type, stock_class: type) -> type:
+    # The library registers each class of layers that names its `_layer_type` as the one to make from then on.
+    return type(f"{mixin.name_prefix}{stock_class.__name__}", (mixin, stock_class), {"_layer_type": None})
+
+
+def _new_in_front(mixin: type, stock_class: type):
+    joined = _class_in_front(mixin, stock_class)
+    return joined.__new__(joined)
+
+
+class NotedLayerMixin(FollowingMixin):
+    """The first layer of a cache, pruned or not, whose tokens have `position_notes`."""
+
+    name_prefix = "Noted"
+    position_notes: PositionNotes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.position_notes.crop(int(self.get_seq_length()))
+
+    def reset(self) -> None:
+        super().reset()
+        self.position_notes = PositionNotes()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.position_notes.move_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.position_notes.move_rows(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.position_notes.repeat_rows(repeats)
+
+
+def position_notes(cache: Cache) -> PositionNotes:
+    """The notes of a cache; new ones where it has none, which stay with it once it has layers."""
+    if not cache.layers:
+        return PositionNotes()
+    first = cache.layers[0]
+    if not isinstance(first, NotedLayerMixin):
+        noted = cache.layers[0] = _new_in_front(NotedLayerMixin, type(first))
+        noted.__dict__ = first.__dict__ | {"position_notes": PositionNotes()}
+        return noted.position_notes
+    return first.position_notes
+
+
+class PrunedCacheMixin(FollowingMixin):
     """Put in front of a cache's class when its layers from `pruning_state.layer` on hold fewer tokens than those below."""
 
+    name_prefix = "Pruned"
     pruning_state: PrunedCacheState
-    position_notes: PositionNotes | None = None
 
     @property
     def pruning_record(self) -> PruningRecord:
@@ -372,37 +440,22 @@ class PrunedCacheMixin:
         removed_pruned = self.pruning_state.crop(target, int(self.get_seq_length(layer))) if removed else 0
         for number, cache_layer in enumerate(self.layers):
             cache_layer.crop(-removed if number < layer else -removed_pruned)
-        if self.position_notes is not None:
-            self.position_notes.crop(target)
 
     def reset(self) -> None:
         super().reset()
         self.pruning_state.clear()
-        self.position_notes = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._move_rows(beam_idx)
+        self.pruning_state.move_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._move_rows(torch.as_tensor(indices))
+        self.pruning_state.move_rows(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.pruning_state.repeat_rows(repeats)
-        if self.position_notes is not None:
-            self.position_notes.repeat_rows(repeats)
-
-    def _move_rows(self, rows: torch.LongTensor) -> None:
-        self.pruning_state.move_rows(rows)
-        if self.position_notes is not None:
-            self.position_notes.move_rows(rows)
-
-
-@lru_cache
-def _pruned_cache_class(cache_class: type[Cache]) -> type[Cache]:
-    return type(f"Pruned{cache_class.__name__}", (PrunedCacheMixin, cache_class), {})
 
 
 def pruning_state(cache: Cache | None) -> PrunedCacheState | None:
@@ -413,7 +466,7 @@ def pruning_state(cache: Cache | None) -> PrunedCacheState | None:
 
 def open_state(cache: Cache, layer: int) -> PrunedCacheState:
     if not isinstance(cache, PrunedCacheMixin):
-        cache.__class__ = _pruned_cache_class(type(cache))
+        cache.__class__ = _class_in_front(PrunedCacheMixin, type(cache))
         cache.pruning_state = PrunedCacheState(layer)
     cache.pruning_state.layer = layer
     return cache.pruning_state

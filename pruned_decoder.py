@@ -17,8 +17,7 @@ Notable choices:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -96,7 +95,7 @@ class VisualTokens:
 class VisualGrid:
     """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep.
 
-    `columns` is on the host.
+    `columns` is ascending and on the host. `keeps_last` says that the last of them must stay, because its output is needed.
     """
 
     row: int
@@ -106,6 +105,7 @@ class VisualGrid:
     grid: tuple[int, ...]
     columns: torch.LongTensor
     num_keep: int
+    keeps_last: bool = False
 
 
 def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
@@ -126,6 +126,31 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
             num_keep = num_tokens_to_keep(len(tokens), ratio)
             grids.append(VisualGrid(row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep))
     return grids
+
+
+def keep_needed_outputs(
+    grids: Sequence[VisualGrid], attention_mask: torch.BoolTensor | None, length: int, num_outputs: int
+) -> list[VisualGrid]:
+    """`grids`, of which those keep their last token that end where an output is needed.
+
+    It is needed at the last real token of each row, from which generation goes on, and at the first of the last `num_outputs`
+    tokens of the call: where text was drafted behind a prompt that ends with an image, that is the end of the prompt.
+
+    Args:
+        attention_mask: [batch, length or more] bool on the host, or None.
+        length: number of tokens of the call.
+        num_outputs: number of outputs that are asked for, or 0 where it is not said.
+    """
+    last_candidate = {}
+    for grid in grids:
+        last_candidate[grid.row] = max(last_candidate.get(grid.row, -1), int(grid.columns[-1]))
+
+    def is_needed(grid: VisualGrid) -> bool:
+        last = int(grid.columns[-1])
+        is_end = last == length - 1 or (attention_mask is not None and not attention_mask[grid.row, last - length + 1 :].any())
+        return last == last_candidate[grid.row] and (is_end or last == length - num_outputs)
+
+    return [replace(grid, keeps_last=is_needed(grid)) for grid in grids]
 
 
 def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
@@ -202,7 +227,8 @@ class PackedGrids:
 
     def __init__(self, grids: Sequence[VisualGrid], is_text: torch.BoolTensor, device: torch.device):
         self.device = device
-        self.batch = GridBatch([grid.grid for grid in grids], [grid.num_keep for grid in grids], device)
+        required = [len(grid.columns) - 1 if grid.keeps_last else None for grid in grids]
+        self.batch = GridBatch([grid.grid for grid in grids], [grid.num_keep for grid in grids], device, required)
         rows = torch.cat([torch.full_like(grid.columns, grid.row) for grid in grids])
         columns = torch.cat([grid.columns for grid in grids])
         self.rows, self.columns, self.places = upload(
@@ -254,42 +280,51 @@ class KeyRecorder:
         return getattr(self.cache, name)
 
 
-@dataclass
 class PruningPlan:
     """What one forward call does at and above the pruning layer.
 
-    Attributes:
+    It goes from layer to layer as it is. So it is no dataclass: FSDP copies those on their way.
+
+    Args:
         config: the decoder's config.
         layer: the pruning layer.
         attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
         grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
         settings: how to select; None in such a call.
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
-        deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
-            row-major order, their features [num_visual, hidden_size].
         past_length: full sequence length before the call, and `is_text` [batch, length] bool on the host, the call's tokens
             that stay in any case, where there are `grids`.
+
+    Attributes:
+        deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
+            row-major order, their features [num_visual, hidden_size].
         record: what was kept, once the pruning layer has run.
     """
 
-    config: PreTrainedConfig
-    layer: int
-    attention_mask: torch.Tensor | None = None
-    grids: Sequence[VisualGrid] = ()
-    settings: PruningSettings | None = None
-    prepared_mask: torch.Tensor | None = None
-    deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
-    past_length: int = 0
-    is_text: torch.BoolTensor | None = None
-    record: PruningRecord | None = field(default=None, init=False)
-    keys: torch.Tensor | None = field(default=None, init=False)
-    tokens: "PackedGrids | None" = field(default=None, init=False)
-    selection: Selection | None = field(default=None, init=False)
-    packing: Packing | None = field(default=None, init=False)
-    valid: torch.BoolTensor | None = field(default=None, init=False)
-    mask: torch.Tensor | None = field(default=None, init=False)
-    layer_inputs: dict | None = field(default=None, init=False)
-    layer_device: torch.device | None = field(default=None, init=False)
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer: int,
+        attention_mask: torch.Tensor | None = None,
+        grids: Sequence[VisualGrid] = (),
+        settings: PruningSettings | None = None,
+        prepared_mask: torch.Tensor | None = None,
+        past_length: int = 0,
+        is_text: torch.BoolTensor | None = None,
+    ):
+        self.config, self.layer, self.attention_mask = config, layer, attention_mask
+        self.grids, self.settings, self.prepared_mask = grids, settings, prepared_mask
+        self.past_length, self.is_text = past_length, is_text
+        self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
+        self.record: PruningRecord | None = None
+        self.keys: torch.Tensor | None = None
+        self.tokens: PackedGrids | None = None
+        self.selection: Selection | None = None
+        self.packing: Packing | None = None
+        self.valid: torch.BoolTensor | None = None
+        self.mask: torch.Tensor | None = None
+        self.layer_inputs: dict | None = None
+        self.layer_device: torch.device | None = None
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
@@ -316,18 +351,6 @@ class PruningPlan:
                 self.packing.unpack(states) if number > self.layer and states is not None else states
                 for number, states in enumerate(outputs.hidden_states)
             )
-
-    def ignore_dropped(self, labels: torch.Tensor, is_shifted: bool = False, ignore_index: int = -100) -> torch.Tensor:
-        """`labels` [batch, length] with `ignore_index` for those that a dropped token would have to predict."""
-        if self.packing is None:
-            return labels
-        dropped = ~self.packing.kept.to(labels.device)
-        labels = labels.clone()
-        if is_shifted:
-            labels[dropped] = ignore_index
-        else:
-            labels[:, 1:][dropped[:, :-1]] = ignore_index
-        return labels
 
     def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
@@ -475,6 +498,7 @@ def make_plan(
     attention_mask: torch.Tensor | dict | None,
     position_ids: torch.Tensor | None,
     visuals: Sequence[VisualTokens],
+    num_outputs: int = 0,
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -485,6 +509,7 @@ def make_plan(
         attention_mask: the caller's 2-D mask, None, or what `create_masks_for_generate` below made.
         position_ids: the caller's, if any.
         visuals: the images and videos among the new tokens.
+        num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
 
     Raises:
         ValueError: for packed sequences, for a cache that was pruned at another layer, and what `visual_grids` raises.
@@ -512,6 +537,7 @@ def make_plan(
     grids = [grid for visual in visuals for grid in visual_grids(visual, settings.ratio)]
     grids.sort(key=lambda grid: grid.row)
     batch, length = visuals[0].mask.shape
+    grids = keep_needed_outputs(grids, attention_mask, length, num_outputs)
     is_text = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask[:, -length:].clone()
     for grid in grids:
         is_text[grid.row, grid.columns] = False
@@ -564,31 +590,22 @@ class PrunedLayerMixin:
         return super().forward(hidden_states, *args, **kwargs)
 
 
-@lru_cache
-def _pruned_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Pruned{layer_class.__name__}", (PrunedLayerMixin, layer_class), {})
-
-
-# Decoders whose layers take the plan as a keyword and whose attention calls `cache.update` once with keys after RoPE.
-SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-
-
-def prune_decoder(decoder: nn.Module) -> set[str]:
+def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> None:
     """Let the layers of this decoder follow a plan. Weights and their names stay as they are.
 
-    Returns:
-        The names of the new layer classes, for `_no_split_modules`.
+    Args:
+        layer_classes: each a subclass, by `PrunedLayerMixin` in front, of a layer class whose layers hand keywords on, and
+            whose attention calls `update` of the cache once with keys after RoPE. A subclass has the name of its stock class,
+            by which FSDP and `device_map` look for layers.
 
     Raises:
-        ValueError: for a decoder type that was not tried.
+        ValueError: for a decoder of other layers.
     """
-    model_type = decoder.config.model_type
-    if model_type not in SUPPORTED_DECODERS:
-        raise ValueError(
-            f"Language models of type {model_type!r} are not supported. Supported: {', '.join(SUPPORTED_DECODERS)}."
-        )
+    pruned_class_of = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}
     for layer in decoder.layers:
-        layer.__class__ = _pruned_layer_class(type(layer))
-    names = {type(layer).__name__ for layer in decoder.layers}
-    decoder._no_split_modules = {*decoder._no_split_modules, *names}
-    return names
+        if type(layer) not in pruned_class_of:
+            supported = ", ".join(stock_class.__module__.split(".")[-2] for stock_class in pruned_class_of)
+            raise ValueError(
+                f"Language models of type {decoder.config.model_type!r} are not supported. Supported: {supported}."
+            )
+        layer.__class__ = pruned_class_of[type(layer)]

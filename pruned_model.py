@@ -1,17 +1,18 @@
 """What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
 
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from functools import wraps
 
 import torch
-from transformers import Cache, GenerationMixin, modeling_outputs
+from torch import nn
+from transformers import Cache, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_vlmpruner import check_ratio
 from .pruned_cache import CACHE_NAME, PruningRecord, cache_of, continued_padding_mask, pruning_state, takes_cache
@@ -28,22 +29,39 @@ from .pruned_decoder import (
 
 
 STOCK_MASK = "stock_attention"
+logger = logging.get_logger(__name__)
+
+LOSS_ELSEWHERE = (
+    "Tokens were pruned in a training step that gave the model no labels. Outputs of dropped tokens come from a zero state, so "
+    "a loss that is computed elsewhere must leave out the labels that they would predict, those of image placeholders above "
+    "all. Pass labels to the model, or use Trainer(compute_loss_func=model.loss_of_kept_tokens), or train on answers alone."
+)
 
 
-@dataclass
 class PruningRequest:
     """What the caller of `forward` asks for, and the plan that the model made of it (None when the stock code ran).
 
-    `num_drafted` of the last tokens may be candidates of speculative decoding, which can copy placeholders from the prompt.
+    It is handed on as it is, so it is no dataclass, as `PruningPlan`.
+
+    Args:
+        ratio: of this call, or None for the config's.
+        num_outputs: how many of the last outputs are asked for, or 0 where that is not said. All but the first may belong to
+            candidates of speculative decoding, which can copy placeholders from the prompt.
+        has_labels: whether the loss is computed here, where it is known what was dropped.
     """
 
-    ratio: float | None = None
-    num_drafted: int = 0
-    plan: PruningPlan | None = None
+    def __init__(self, ratio: float | None = None, num_outputs: int = 0, has_labels: bool = False):
+        self.ratio, self.num_outputs, self.has_labels = ratio, num_outputs, has_labels
+        self.plan: PruningPlan | None = None
 
     @property
     def record(self) -> PruningRecord | None:
         return None if self.plan is None else self.plan.record
+
+    @property
+    def dropped(self) -> torch.BoolTensor | None:
+        """[batch, length], whether a token of the call was dropped; None where none was."""
+        return None if self.plan is None or self.plan.packing is None else ~self.plan.packing.kept
 
     def without_drafted(self, input_ids: torch.Tensor | None, num_features_of: dict[int, int]) -> torch.Tensor | None:
         """`input_ids` to look for placeholders in. A drafted token is text: features came for the prompt's placeholders alone.
@@ -52,35 +70,87 @@ class PruningRequest:
             input_ids: the call's.
             num_features_of: placeholder id -> number of features that came for it.
         """
-        if self.num_drafted < 1 or input_ids is None:
+        num_drafted = self.num_outputs - 1
+        if num_drafted < 1 or input_ids is None:
             return input_ids
         surplus = [id for id, num_features in num_features_of.items() if int((input_ids == id).sum()) != num_features]
         if not surplus:
             return input_ids
-        drafted = input_ids[:, -self.num_drafted :]
+        drafted = input_ids[:, -num_drafted:]
         is_surplus = torch.isin(drafted, drafted.new_tensor(surplus))
-        return torch.cat([input_ids[:, : -self.num_drafted], drafted.masked_fill(is_surplus, -1)], dim=1)
+        return torch.cat([input_ids[:, :-num_drafted], drafted.masked_fill(is_surplus, -1)], dim=1)
 
-    def supervised_labels(self, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        """See `PruningPlan.ignore_dropped`."""
-        return labels if self.plan is None else self.plan.ignore_dropped(labels, **kwargs)
+
+def named_arguments(names: Sequence[str], args: tuple, kwargs: dict) -> dict:
+    """`kwargs` with `args` under their names, as Python would give them.
+
+    Raises:
+        TypeError: for more `args` than names, or one that is among `kwargs` too.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"forward() takes {len(names)} positional arguments but {len(args)} were given.")
+    for name in names[: len(args)]:
+        if name in kwargs:
+            raise TypeError(f"forward() got multiple values for argument {name!r}.")
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def positional_names(forward: Callable) -> list[str]:
+    """The names of what a method `forward` takes by position, after `self`."""
+    parameters = inspect.signature(forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+
+
+@contextmanager
+def explained_to_later_turns(cache: Cache | None) -> Iterator[None]:
+    """Where the tokens of a later turn do not match its pixels, say that those of earlier turns are not to come again."""
+    try:
+        yield
+    except ValueError as error:
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length == 0:
+            raise
+        raise ValueError(
+            f"{error}. The cache holds the {past_length} tokens of earlier turns: pass the pixels of new images alone."
+        ) from None
+
+
+def takes_stock_positions(forward: Callable) -> Callable:
+    """Let the `forward` of `PrunedModelMixin` take arguments by position in the order of the stock class's."""
+
+    @wraps(forward)
+    def named(self, *args, **kwargs):
+        if args:
+            kwargs = named_arguments(self.stock_positions, args, kwargs)
+        return forward(self, **kwargs)
+
+    return named
 
 
 class PrunedModelMixin:
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
-    A family says what comes with a call (`encoder_inputs`), what grids it forms (`grid_views`, set on each tensor of features
-    by its `get_image_features` and `get_video_features`), and overrides the hooks below where it differs.
+    A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
+    forms (`grid_views`, set on each tensor of features by its `get_image_features` and `get_video_features`), and overrides
+    the hooks below where it differs.
     """
 
+    decoder_layers: Sequence[type]  # for `prune_decoder`
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
+    stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if hasattr(super(), "forward"):  # not a mixin of a family, which has no stock class yet
+            cls.stock_positions = positional_names(super().forward)
 
     def __init__(self, config):
         config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
-        self._no_split_modules |= prune_decoder(self.language_model)
+        prune_decoder(self.language_model, self.decoder_layers)
 
+    @takes_stock_positions
     @takes_cache
     @can_return_tuple
     def forward(
@@ -94,7 +164,7 @@ class PrunedModelMixin:
         pruning_request: PruningRequest | None = None,
         **kwargs,
     ):
-        """The stock class's `forward`, with `pruning_ratio` for this call. All but the first argument go by keyword."""
+        """The stock class's `forward`, with `pruning_ratio` for this call."""
         request = pruning_request or PruningRequest(pruning_ratio)
         if request.ratio is not None:
             check_ratio(request.ratio)
@@ -103,6 +173,10 @@ class PrunedModelMixin:
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "torch.export can not trace which tokens stay, because their values decide. Export with pruning_ratio=0."
+                )
         position_ids = self.resolve_position_ids(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
         )
@@ -126,8 +200,11 @@ class PrunedModelMixin:
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
         encoded = self._encode(kwargs) if has_visuals else {}
-        visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
-        plan = request.plan = make_plan(self.language_model.config, settings, cache, attention_mask, position_ids, visuals)
+        with explained_to_later_turns(cache):
+            visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
+        plan = request.plan = make_plan(
+            self.language_model.config, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
+        )
         plan.deepstack = self.deepstack(encoded, visuals)
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
@@ -138,6 +215,8 @@ class PrunedModelMixin:
             **kwargs,
         )
         plan.unpack_outputs(outputs)
+        if self.training and torch.is_grad_enabled() and request.dropped is not None and not request.has_labels:
+            logger.warning_once(LOSS_ELSEWHERE)
         if has_visuals:
             self.note_positions(cache_of(outputs), position_ids, attention_mask)
         fields = {field.name for field in dataclass_fields(outputs)}
@@ -236,30 +315,54 @@ class PrunedForConditionalGenerationMixin:
         """See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on.
+            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
+                `output_loading_info` asks for the list of them.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"])
+        if missing and not output_loading_info:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
             )
         return (model, info) if output_loading_info else model
 
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        options = kwargs.get("generation_config") or self.generation_config
-        chunk_size = kwargs.get("prefill_chunk_size", getattr(options, "prefill_chunk_size", None))
-        if (
-            chunk_size is not None
-            and self.model.has_visuals(kwargs)
-            and self.config.pruning_settings(kwargs.get("pruning_ratio"))
-        ):
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
+        from the model's. There it would be lost, and the argument with it.
+
+        Raises:
+            ValueError: for a bad ratio, another `pruning_` key in a generation config, and a prefill in chunks that would cut
+                images which are to be pruned.
+        """
+        if kwargs.get("pruning_ratio", 0) is None:
+            del kwargs["pruning_ratio"]
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        keys = sorted(key for key in vars(generation_config) if key.startswith("pruning_"))
+        if others := [key for key in keys if key != "pruning_ratio"]:
+            raise ValueError(f"A generation config holds pruning_ratio alone, but this one has {', '.join(others)} too.")
+        if keys and (ratio := vars(generation_config).pop("pruning_ratio")) is not None:
+            model_kwargs["pruning_ratio"] = ratio
+        settings = self.config.pruning_settings(model_kwargs.get("pruning_ratio"))
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and settings is not None and self.model.has_visuals(model_kwargs):
             raise ValueError(
                 f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among all tokens of an image. "
                 "Set prefill_chunk_size=None, or pruning_ratio=0."
             )
-        return super().generate(*args, **kwargs)
+        return generation_config, model_kwargs
+
+    @wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs, *args, **kwargs):
+        names = [name for name in ("image_token_id", "video_token_id") if getattr(self.config, name, None) is not None]
+        for number, tokens in enumerate(inputs):
+            for name in names:
+                if getattr(self.config, name) in tokens:
+                    raise ValueError(
+                        f"Request {number} holds {name}={getattr(self.config, name)}, but continuous batching takes text "
+                        "alone: it hands no pixels to the model. Call generate for requests with images or videos."
+                    )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
@@ -308,11 +411,44 @@ class PrunedForConditionalGenerationMixin:
 
         Args:
             outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
+
+        Raises:
+            ValueError: for a tensor or a tuple, which hold no record.
         """
+        if isinstance(outputs, torch.Tensor | tuple | list):
+            raise ValueError(
+                f"A {type(outputs).__name__} does not tell what was kept. Call generate with return_dict_in_generate=True, or "
+                "forward with return_dict=True, and pass what they return."
+            )
         record = getattr(outputs, "pruning_record", None)
         if record is None and (state := pruning_state(cache_of(outputs))) is not None:
             record = state.record
         return record
+
+    def loss_of_kept_tokens(self, outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0):
+        """The loss of a training step whose labels were not given to the model: `Trainer(compute_loss_func=...)`.
+
+        Labels that a dropped token would have to predict do not count; its logits, of a zero state, are all 0. See
+        `supervised_loss` for `num_items_in_batch`.
+
+        Args:
+            outputs: of `forward`.
+            labels: [batch, length], not shifted; -100 where there is nothing to predict.
+            num_items_in_batch: number of labels of an optimizer step, or None for the mean over those of this call.
+            label_smoothing: in [0, 1], the share of a target that is spread over the vocabulary evenly: what
+                `label_smoothing_factor` sets, which can not be used together with it.
+        """
+        logits = outputs["logits"].float()
+        dropped = (logits == 0).all(-1)
+        labels, options = without_dropped(labels.to(logits.device), dropped, {"num_items_in_batch": num_items_in_batch})
+        count = options["num_items_in_batch"]
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1),
+            options["shift_labels"].flatten(),
+            label_smoothing=label_smoothing,
+            reduction="mean" if count is None else "sum",
+        )
+        return loss if count is None else loss / count
 
     @takes_cache
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, cache, **kwargs):
@@ -340,12 +476,6 @@ class PrunedForConditionalGenerationMixin:
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
 
 
-def _with_record(output_class: type) -> type:
-    """The stock output class with one field more: `pruning_record` (`PruningRecord`, *optional*)."""
-    fields = {"__annotations__": {"pruning_record": PruningRecord | None}, "pruning_record": None, "__module__": __name__}
-    return dataclass(type(f"Pruned{output_class.__name__}", (output_class,), fields))
-
-
 def _holds_pixels(pixels) -> bool:
     return pixels is not None and len(pixels) > 0
 
@@ -354,49 +484,71 @@ def _reorder(features, order: list[int]):
     return features[order] if isinstance(features, torch.Tensor) else [features[image] for image in order]
 
 
-def _output_class(stock_class: type) -> type:
-    """What a stock generating class returns: its own output class, or (later than transformers 5.17) a shared one."""
-    name = stock_class.__name__.replace("ForConditionalGeneration", "CausalLMOutputWithPast")
-    plain = modeling_outputs.CausalLMOutputWithPast
-    shared = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", plain)  # from transformers 5.24 on
-    return getattr(sys.modules[stock_class.__module__], name, shared)
-
-
 def pruned_forward(stock_class: type) -> Callable:
-    """The `forward` of a stock generating class that also takes `pruning_ratio` and whose outputs have a `pruning_record`.
+    """The `forward` of a stock generating class that also takes `pruning_ratio`.
 
-    Labels that a dropped token would have to predict do not count in the loss.
+    What was kept is an attribute `pruning_record` of the outputs and none of their items, which are tensors as the stock
+    class's. Labels that a dropped token would have to predict do not count in the loss.
     """
     stock_forward = stock_class.forward
     parameters = list(inspect.signature(stock_forward).parameters.values())
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    names = positional_names(stock_forward)
     ratio = inspect.Parameter("pruning_ratio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
 
-    output_class = _with_record(_output_class(stock_class))
-
     @can_return_tuple
-    def forward(self, *args, labels: torch.Tensor | None = None, pruning_ratio: float | None = None, **kwargs):
+    def forward(self, *args, pruning_ratio: float | None = None, **kwargs):
         if args:
-            kwargs |= dict(zip(names[1:], args, strict=False))
-            labels = kwargs.pop("labels", labels)
-        logits_to_keep = kwargs.get("logits_to_keep", 0)
-        request = PruningRequest(pruning_ratio, num_drafted=logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0)
+            kwargs = named_arguments(names, args, kwargs)
+        labels, logits_to_keep = kwargs.pop("labels", None), kwargs.get("logits_to_keep", 0)
+        num_outputs = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        request = PruningRequest(pruning_ratio, num_outputs, has_labels=labels is not None)
         outputs = stock_forward(self, **kwargs, pruning_request=request, return_dict=True)
-        loss = None
         if labels is not None:
-            loss = _supervised_loss(self, outputs.logits, labels, request, {k: v for k, v in kwargs.items() if k not in names})
-        return output_class(loss=loss, **outputs, pruning_record=request.record)
+            options = {name: value for name, value in kwargs.items() if name not in names}
+            loss = supervised_loss(self, outputs.logits, labels, request.dropped, logits_to_keep, options)
+            outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
+        outputs.pruning_record = request.record
+        return outputs
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__
     return forward
 
 
-def _supervised_loss(model, logits: torch.Tensor, labels: torch.Tensor, request: PruningRequest, options: dict) -> torch.Tensor:
-    if (shift_labels := options.get("shift_labels")) is not None:
-        options["shift_labels"] = request.supervised_labels(shift_labels, is_shifted=True)
-    labels = request.supervised_labels(labels)
+def supervised_loss(
+    model, logits: torch.Tensor, labels: torch.Tensor, dropped: torch.BoolTensor | None, logits_to_keep, options: dict
+) -> torch.Tensor:
+    """The stock loss of a call, without the labels that a dropped token would have to predict.
+
+    Where the sum is divided by `num_items_in_batch`, a count of labels that was taken before they were left out (by `Trainer`,
+    over the batches of an optimizer step), that is scaled by the share of this call's labels that remains. For a step of one
+    call the loss is the mean over the labels that remain.
+
+    Args:
+        labels: [batch, n], as long as the logits.
+        dropped: [batch, length], whether a token of the call was dropped; None where none was.
+        logits_to_keep: which of the tokens have logits: the last n, or places. 0 for all.
+        options: more arguments of the loss function.
+    """
+    if dropped is not None:
+        dropped = dropped[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else dropped[:, logits_to_keep]
+        labels, options = without_dropped(labels, dropped, options)
     return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size, **options)
+
+
+def without_dropped(labels: torch.Tensor, dropped: torch.BoolTensor, options: dict) -> tuple[torch.Tensor, dict]:
+    """`labels` and the options of a loss, with nothing left for the tokens that are `dropped` [batch, n] to predict."""
+    if labels.shape != dropped.shape:
+        return labels, options  # the loss says what it misses
+    ignore_index, options = options.get("ignore_index", -100), dict(options)
+    shifted = options.get("shift_labels")
+    if shifted is None:
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    supervised = shifted.masked_fill(dropped.to(shifted.device), ignore_index)
+    if (num_items := options.get("num_items_in_batch")) is not None:
+        counts = [(each != ignore_index).sum() for each in (supervised, shifted)]
+        options["num_items_in_batch"] = num_items * counts[0].clamp_min(1) / counts[1].clamp_min(1)
+    return labels, options | {"shift_labels": supervised}
 
 
 def stock_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dict | None:

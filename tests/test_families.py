@@ -719,10 +719,12 @@ def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path
     assert torch.equal(generate(model, one_image).sequences, generate(load_pruned(family), one_image).sequences)
 
 
-def test_device_map_never_splits_a_layer(family):
-    model = load_pruned(family)
-    layer_class = type(model.model.language_model.layers[0]).__name__
-    assert layer_class.startswith("Pruned") and layer_class in model._no_split_modules
+def test_layers_are_found_by_the_name_of_the_stock_layer(family):
+    """`device_map` and FSDP go by these names: a layer is never split, and wrapping needs no name of ours."""
+    model, stock = load_pruned(family), load_stock(family)
+    layer, stock_layer = (type(each.model.language_model.layers[0]) for each in (model, stock))
+    assert layer is not stock_layer and issubclass(layer, stock_layer) and layer.__name__ == stock_layer.__name__
+    assert set(model._no_split_modules) == set(stock._no_split_modules) and layer.__name__ in model._no_split_modules
 
 
 def test_save_and_reload(family, one_image, tmp_path):
