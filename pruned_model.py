@@ -352,6 +352,16 @@ class PrunedForConditionalGenerationMixin:
             )
         return generation_config, model_kwargs
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
+        """The stock method. Without a cache, each step runs the whole sequence again and must keep what the first one kept: the
+        end of the prompt, whose output is as good as asked for."""
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+        if not model_kwargs.get("use_cache", True):
+            model_kwargs["num_needed_outputs"] = model_kwargs.get("num_needed_outputs", 1) + num_new_tokens
+        return model_kwargs
+
     @wraps(GenerationMixin.generate_batch)
     def generate_batch(self, inputs, *args, **kwargs):
         names = [name for name in ("image_token_id", "video_token_id") if getattr(self.config, name, None) is not None]
@@ -500,7 +510,7 @@ def pruned_forward(stock_class: type) -> Callable:
         if args:
             kwargs = named_arguments(names, args, kwargs)
         labels, logits_to_keep = kwargs.pop("labels", None), kwargs.get("logits_to_keep", 0)
-        num_outputs = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        num_outputs = kwargs.pop("num_needed_outputs", logits_to_keep if isinstance(logits_to_keep, int) else 0)
         request = PruningRequest(pruning_ratio, num_outputs, has_labels=labels is not None)
         outputs = stock_forward(self, **kwargs, pruning_request=request, return_dict=True)
         if labels is not None:

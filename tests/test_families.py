@@ -1,6 +1,7 @@
 """What must hold for every family: one matrix, which a new family joins through `families.FAMILIES`."""
 
 import copy
+import inspect
 import threading
 import warnings
 
@@ -9,11 +10,11 @@ import torch
 import transformers
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 from transformers.cache_utils import StaticLayer
 
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
-from vlmpruner.token_pruning import prune_tokens
+from vlmpruner.token_pruning import aggregate_tokens, select_tokens
 
 
 RATIO = 0.889
@@ -236,6 +237,72 @@ def test_forward_of_a_padded_batch_equals_single_rows(family, rows, padding_side
             torch.testing.assert_close(batch.logits[number][is_token], single, **CLOSE)
 
 
+# A prompt that ends with its image
+
+
+def ends_with_image(family, images):
+    """Inputs of one row whose last token belongs to its last image."""
+    inputs = make_inputs(family, [(images, "What?")])
+    end = int((inputs["input_ids"][0] == load_stock(family).config.image_token_id).nonzero()[-1]) + 1
+    per_token = {"input_ids", "attention_mask", "mm_token_type_ids"}
+    return {name: value[:, :end] if name in per_token else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("config", [{}, {"pruning_method": "random"}, {"pruning_fill_budget": False}], ids=str)
+def test_the_last_token_of_a_row_stays(family, config):
+    """Its output is the answer's first token: dropped, it came from a zero state, whose logits are all equal."""
+    inputs, model = ends_with_image(family, [picture(1), picture(2, 200, 300)]), load_pruned(family, **config)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    for image in outputs.pruning_record:
+        assert 1 <= image.num_kept <= max(1, round(image.num_visual * (1 - RATIO)))
+    last = outputs.pruning_record.images[-1]
+    if last.positions[-1] == inputs["input_ids"].shape[1] - 1:  # else a newline token ends the image
+        assert last.num_visual - 1 in last.order
+        assert last.num_visual - 1 not in load_pruned(family)(**ends_with_text(family)).pruning_record.images[-1].order
+    assert outputs.logits[0, -1].std() > 0.1
+    if not config:
+        with torch.no_grad():
+            logits, columns = forward_by_hand(family, inputs, outputs.pruning_record)
+        torch.testing.assert_close(outputs.logits[0, columns], logits, **CLOSE)
+
+
+def ends_with_text(family):
+    return make_inputs(family, [([picture(1), picture(2, 200, 300)], "What?")])
+
+
+def test_rows_that_end_with_an_image_equal_single_rows(family):
+    model, rows = (
+        load_pruned(family),
+        [ends_with_image(family, [picture(1)]), ends_with_image(family, [picture(2), picture(3)])],
+    )
+    length = max(row["input_ids"].shape[1] for row in rows)
+    batch = {}
+    for name in rows[0]:
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            padded = [torch.nn.functional.pad(row[name], (length - row[name].shape[1], 0)) for row in rows]
+            batch[name] = torch.cat(padded)
+        elif name == "pixel_values" and rows[0][name].ndim == 5 and len({row[name].shape[1] for row in rows}) > 1:
+            tiles = max(row[name].shape[1] for row in rows)
+            pad = [torch.nn.functional.pad(row[name], (0, 0) * 3 + (0, tiles - row[name].shape[1])) for row in rows]
+            batch[name] = torch.cat(pad)
+        else:
+            batch[name] = torch.cat([row[name] for row in rows])
+    together = generate(model, batch)
+    for number, row in enumerate(rows):
+        alone = generate(model, row)
+        torch.testing.assert_close(step_logits(together)[number], step_logits(alone)[0], **CLOSE)
+        torch.testing.assert_close(step_logits(alone), step_logits(generate(model, row, use_cache=False)), **CLOSE)
+
+
+def test_speculative_decoding_after_an_image_equals_greedy(family):
+    """The first forward has drafted text behind the prompt: the output at the prompt's end decides on it."""
+    model, inputs = load_pruned(family), ends_with_image(family, [picture(1)])
+    greedy = generate(model, inputs, max_new_tokens=8).sequences
+    drafted = generate(model, inputs, max_new_tokens=8, assistant_model=load_stock(family)).sequences
+    assert torch.equal(drafted, greedy)
+
+
 # The whole path once more, by hand
 
 
@@ -268,7 +335,10 @@ def forward_by_hand(family, inputs, record):
             merged_at = []
             for image in record:
                 keys = cache.layers[1].keys[0][:, image.positions]
-                chosen, merged = prune_tokens(hidden[0, image.positions], keys, image.grid, image.num_kept)
+                states = hidden[0, image.positions]
+                required = image.num_visual - 1 if image.positions[-1] == length - 1 else None
+                selection = select_tokens(states, keys, image.grid, image.num_kept, required=required)
+                chosen, merged = selection.kept, aggregate_tokens(states, selection, 0.3)
                 assert chosen.tolist() == image.kept.tolist()
                 kept[image.positions] = False
                 kept[image.positions[chosen]] = True
@@ -347,9 +417,11 @@ def extra_inputs(inputs):
     return {name: inputs[name] for name in ("mm_token_type_ids",) if name in inputs}
 
 
+@pytest.mark.parametrize("ratio", [RATIO, 0.0])
 @pytest.mark.parametrize("change", ["select", "reorder", "repeat"])
-def test_rows_of_a_cache_take_their_state_along(family, rows, change):
-    model = load_pruned(family)
+def test_rows_of_a_cache_take_their_state_along(family, rows, change, ratio):
+    """Pruned or not: the M-RoPE positions of Qwen models are with the cache in either case."""
+    model = load_pruned(family, pruning_ratio=ratio)
     inputs = make_inputs(family, rows)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
 
@@ -360,7 +432,7 @@ def test_rows_of_a_cache_take_their_state_along(family, rows, change):
 
     with torch.no_grad():
         cache = cache_of(model(**inputs, **positions(inputs, inputs["attention_mask"]), use_cache=True))
-        expected, record = step(copy.deepcopy(cache), [0, 1, 2]), cache.pruning_record
+        expected, record = step(copy.deepcopy(cache), [0, 1, 2]), getattr(cache, "pruning_record", ())
         if change == "select":
             order = [2, 0]
             cache.batch_select_indices(torch.tensor(order))
@@ -371,8 +443,38 @@ def test_rows_of_a_cache_take_their_state_along(family, rows, change):
             order = [0, 0, 1, 1, 2, 2]
             cache.batch_repeat_interleave(2)
         torch.testing.assert_close(step(cache, order), expected[order], **CLOSE)
-    moved = [[image.kept.tolist() for image in cache.pruning_record if image.row == row] for row in range(len(order))]
+    assert bool(record) == (ratio > 0)
+    record_after = cache.pruning_record if record else ()
+    moved = [[image.kept.tolist() for image in record_after if image.row == row] for row in range(len(order))]
     assert moved == [[image.kept.tolist() for image in record if image.row == row] for row in order]
+
+
+@pytest.mark.parametrize("ratio", [RATIO, 0.0])
+def test_beams_on_a_repeated_prefilled_cache(family, one_image, ratio):
+    model = load_pruned(family, pruning_ratio=ratio)
+    with torch.no_grad():
+        cache = cache_of(model(**one_image, use_cache=True))
+    cache.crop(-1)
+    cache.batch_repeat_interleave(3)
+    text = {"input_ids": one_image["input_ids"], "attention_mask": one_image["attention_mask"]} | extra_inputs(one_image)
+    beams = {"num_beams": 3, "num_return_sequences": 3, "pad_token_id": 0}
+    prefilled = generate(model, text, **{CACHE_NAME: cache}, **beams)
+    assert torch.equal(prefilled.sequences, generate(model, one_image, **beams).sequences)
+
+
+@pytest.mark.parametrize("ratio", [RATIO, 0.0])
+def test_a_reset_cache_is_as_a_new_one(family, one_image, ratio):
+    model, other = load_pruned(family, pruning_ratio=ratio), make_inputs(family, [([picture(5, 300, 200)], "Who?")] * 2)
+    token = {"input_ids": torch.full((2, 1), 9)}
+    with torch.no_grad():
+        cache = cache_of(model(**one_image, use_cache=True))
+        cache.reset()
+        if cache.get_seq_length() > 0:
+            pytest.skip("before transformers 5.19 or so, a dynamic cache keeps its length when it is reset")
+        fresh = cache_of(model(**other, use_cache=True))
+        model(**other, **{CACHE_NAME: cache})
+        results = [model(**token, **{CACHE_NAME: each}).logits for each in (cache, fresh)]
+    torch.testing.assert_close(*results, **EXACT)
 
 
 # Decoding modes
@@ -642,6 +744,32 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
             model(**one_image)
 
 
+def test_ratio_of_a_generation_config(family, one_image):
+    """Argument before the call's generation config before the model's before the config; also where it comes by position."""
+    model = copy.deepcopy(load_pruned(family))
+
+    def ratio(*args, **kwargs):
+        inputs = {name: value for name, value in one_image.items() if not args or name != "input_ids"}
+        outputs = model.generate(*args, **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **kwargs)
+        record = model.get_pruning_record(outputs)
+        return pytest.approx(0 if record is None else 1 - record.num_kept / record.num_visual, abs=0.02)
+
+    quarter = GenerationConfig(pruning_ratio=0.75)
+    assert ratio() == RATIO
+    assert ratio(generation_config=quarter) == 0.75 and ratio(one_image["input_ids"], quarter) == 0.75
+    assert ratio(generation_config=quarter, pruning_ratio=0.5) == 0.5
+    assert ratio(generation_config=quarter, pruning_ratio=None) == 0.75
+    assert ratio(generation_config=GenerationConfig(pruning_ratio=0.0)) == 0
+    model.generation_config.pruning_ratio = 0.3
+    assert ratio() == 0.3 and ratio(pruning_ratio=0.5) == 0.5 and ratio(generation_config=quarter) == 0.75
+    assert quarter.pruning_ratio == 0.75 and model.generation_config.pruning_ratio == 0.3
+    for bad in (7, "half"):
+        with pytest.raises(ValueError, match=rf"pruning_ratio must be a number in \[0, 1\).*{bad}"):
+            ratio(generation_config=GenerationConfig(pruning_ratio=bad))
+    with pytest.raises(ValueError, match="holds pruning_ratio alone, but this one has pruning_preset"):
+        ratio(generation_config=GenerationConfig(pruning_preset="fine"))
+
+
 # Training
 
 
@@ -688,6 +816,35 @@ def test_loss_ignores_what_a_dropped_token_would_predict(family, one_image):
         kept[0, image.positions] = False
         kept[0, image.positions[image.kept]] = True
     counted = kept[:, :-1] & (labels[:, 1:] != -100)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][counted].float(), labels[:, 1:][counted])
+    torch.testing.assert_close(outputs.loss, expected)
+    # `Trainer` counts the labels before the model leaves some out; so does who computes the loss elsewhere.
+    num_items = (labels[:, 1:] != -100).sum()
+    with torch.no_grad():
+        loss = model(**one_image, labels=labels, num_items_in_batch=num_items).loss
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(model(**one_image, labels=labels, num_items_in_batch=2 * num_items).loss, expected / 2)
+    torch.testing.assert_close(model.loss_of_kept_tokens(outputs, labels), expected)
+    torch.testing.assert_close(model.loss_of_kept_tokens(outputs, labels, num_items_in_batch=num_items), expected)
+    logits, targets = outputs.logits[:, :-1][counted].float(), labels[:, 1:][counted]
+    smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(model.loss_of_kept_tokens(outputs, labels, label_smoothing=0.1), smoothed)
+
+
+@pytest.mark.parametrize("places", ["last", "indices"])
+def test_labels_as_long_as_the_logits_that_are_kept(family, one_image, places):
+    model, length = load_pruned(family), one_image["input_ids"].shape[1]
+    with torch.no_grad():
+        whole = model(**one_image)
+    image = whole.pruning_record.images[-1]
+    first = int(image.positions[-1]) - 3  # some of the image, some text after it
+    keep = length - first if places == "last" else torch.arange(first, length)
+    labels = one_image["input_ids"][:, first:]
+    with torch.no_grad():
+        outputs = model(**one_image, labels=labels, logits_to_keep=keep)
+    kept = (outputs.logits != 0).any(-1)
+    assert outputs.logits.shape[1] == length - first and not kept.all()
+    counted = kept[:, :-1]
     expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][counted].float(), labels[:, 1:][counted])
     torch.testing.assert_close(outputs.loss, expected)
 
@@ -768,6 +925,8 @@ def test_a_missing_weight_fails(family, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 of the weights.*layers\.1\.self_attn\.q_proj\.weight"):
         family.pruned_class.from_pretrained(tmp_path)
+    _, info = family.pruned_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"model." + dropped.split("model.", 1)[1]} or len(info["missing_keys"]) == 1
 
 
 # Wrong input
@@ -785,6 +944,57 @@ def test_wrong_input_is_named(family, one_image):
     fewer[0, is_image[0].nonzero()[0]] = 9
     with pytest.raises(ValueError, match="do not match"):
         model(**(one_image | {"input_ids": fewer}))
+    with pytest.raises(ValueError, match="return_dict_in_generate=True"):
+        model.get_pruning_record(model.generate(**one_image, max_new_tokens=1))
+
+
+@pytest.mark.parametrize("ratio", [RATIO, 0.0])
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_placeholders_that_do_not_match_are_named(family, one_image, ratio, way):
+    """One too many, one too few, and a stray placeholder of a video: the stock forward's ValueError, whatever comes first."""
+    model, ids, config = load_pruned(family, pruning_ratio=ratio), one_image["input_ids"], load_stock(family).config
+    is_image = ids[0] == config.image_token_id
+    changes = [("Image features", -3, config.image_token_id), ("Image features", int(is_image.nonzero()[0]), 9)]
+    if "mm_token_type_ids" in one_image:
+        changes.append(("Video features", -3, config.video_token_id))
+    for what, place, token in changes:
+        inputs = dict(one_image) | {"input_ids": ids.clone()}
+        inputs["input_ids"][0, place] = token
+        if "mm_token_type_ids" in one_image:
+            types = (inputs["input_ids"] == config.image_token_id).int() + 2 * (
+                inputs["input_ids"] == config.video_token_id
+            ).int()
+            inputs["mm_token_type_ids"] = types
+        with pytest.raises(ValueError, match=f"{what} and {what.split()[0].lower()} tokens do not match"):
+            model(**inputs) if way == "forward" else generate(model, inputs)
+
+
+def test_pixels_of_an_earlier_turn_are_named(family, one_image):
+    model = load_pruned(family)
+    with torch.no_grad():
+        cache = cache_of(model(**one_image, use_cache=True))
+    second = make_inputs(family, [([picture(2)], "And now?")])
+    turn = later_turn(one_image, second)
+    of_images = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+    pixels = {name: value for name, value in one_image.items() if name in of_images}
+    both = turn | {name: torch.cat([value, turn[name]]) for name, value in pixels.items()}
+    past_length = one_image["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"holds the {past_length} tokens of earlier turns: pass the pixels of new images"):
+        model(**both, **{CACHE_NAME: cache})
+
+
+def test_arguments_by_position_are_the_stock_class_s(family, one_image):
+    model, stock = load_pruned(family, pruning_ratio=0.0), load_stock(family)
+    for ours, theirs in ((model, stock), (model.model, stock.model)):
+        names = list(inspect.signature(theirs.forward).parameters)
+        last = min(max(names.index(each) for each in one_image if each in names), 6)
+        args = [one_image.get(name) for name in names[: last + 1]]
+        rest = {name: value for name, value in one_image.items() if name not in names[: last + 1]}
+        with torch.no_grad():
+            found, expected = ours(*args, **rest), theirs(*args, **rest)
+        torch.testing.assert_close(found[0], expected[0], **EXACT)
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            ours(one_image["input_ids"], input_ids=one_image["input_ids"])
 
 
 def test_a_prefill_in_chunks_is_refused_with_images_alone(family, one_image):
