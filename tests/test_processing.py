@@ -240,6 +240,10 @@ def record_of(family, inputs):
         return load_pruned(family)(**inputs).pruning_record
 
 
+def all_kept(record):
+    return [entry(range(each.num_visual), each.image, each.row, each.view, each.modality, each.grid) for each in record]
+
+
 def assert_same(drawn: list, expected: list, levels: float = 0):
     assert [each.size for each in drawn] == [each.size for each in expected]
     for one, other in zip(drawn, expected, strict=True):
@@ -261,15 +265,14 @@ def test_several_images_of_a_row_of_onevision_are_drawn_with_their_padding():
     family = FAMILIES["llava_onevision"]
     processor, images = fresh_processor(family), [[Image.new("RGB", (200, 100), (250, 0, 0)), picture(1)]]
     inputs = processor(images=images, text=[prompt(processor, 2)], return_tensors="pt")
-    record = record_of(family, inputs)
+    record = all_kept(record_of(family, inputs))
     from_inputs, from_images = (
         fresh_processor(family).draw_kept_tokens(pictures, record, inputs=given)
         for pictures, given in [(None, inputs), (images, None)]
     )
     assert_same(from_inputs, from_images, levels=1)
-    assert len(record) == 2
     middle = np.asarray(from_inputs[0])[:-LEGEND_HEIGHT, from_inputs[0].width // 2].astype(int)
-    assert 0.3 < (middle[:, 0] - middle[:, 1] > 70).mean() < 0.6
+    assert 0.4 < (middle[:, 0] - middle[:, 1] > 150).mean() < 0.6
 
 
 def test_a_second_view_that_the_model_makes_smaller():
@@ -277,7 +280,7 @@ def test_a_second_view_that_the_model_makes_smaller():
     image = ramps(1800, 1500)
     inputs = make_inputs(family, [([image], "What?")])
     record, processor = record_of(family, inputs), fresh_processor(family)
-    assert record.images[1].grid[0] < 3 * 7 * 6 / 5 < record.images[1].grid[1] * 1.3
+    assert record.images[1].grid == (20, 22), record.images[1].grid
     assert_same(processor.draw_kept_tokens(record=record, inputs=inputs), processor.draw_kept_tokens(image, record), levels=1)
 
 
@@ -326,7 +329,7 @@ def test_a_photo_is_drawn_as_the_model_saw_it(family, photo, way, by_template):
         )
     else:
         inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt")
-    record = record_of(family, inputs)
+    record = all_kept(record_of(family, inputs))
     seen = processor.draw_kept_tokens(record=record, inputs=inputs)
     if way != "a path":
         assert is_upright(seen[0]) == (way == "turned before")
@@ -340,10 +343,10 @@ def test_a_photo_is_drawn_as_the_model_saw_it(family, photo, way, by_template):
 OPTIONS = {
     "llava": [{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
     "llava_next": [{"size": {"shortest_edge": 84}, "do_center_crop": False, "do_resize": True, "resample": 0}],
-    "llava_onevision": [{"image_grid_pinpoints": [[100, 100], [100, 200]]}],
-    "qwen2_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 150 * 150}}, {"do_resize": False}],
-    "qwen2_5_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 150 * 150}}, {"do_resize": False}],
-    "qwen3_vl": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 150 * 150}}, {"do_resize": False}],
+    "llava_onevision": [{"resample": 0}],
+    "qwen2_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen2_5_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen3_vl": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
 }
 
 
@@ -352,7 +355,7 @@ OPTIONS = {
 )
 def test_options_of_one_call(family, common):
     """From the pixels; from the picture with the options; and from a picture whose options the processor was told."""
-    image = picture(3, 672, 448)
+    image = picture(3, 448, 224)
     for options in OPTIONS[family.name]:
         options, processor = options | common, fresh_processor(family)
         inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt", **options)
@@ -393,13 +396,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_several_pictures(family, form):
-    arrays = [np.asarray(picture(seed)) for seed in (1, 2)]
-    record = record_of(family, make_inputs(family, [([Image.fromarray(array)], "What?") for array in arrays]))
-    expected = fresh_processor(family).draw_kept_tokens([Image.fromarray(array) for array in arrays], record)
+def test_every_form_of_several_pictures(family):
+    pictures = [picture(seed, 160, 120) for seed in (1, 2)]
+    record = record_of(family, make_inputs(family, [([each], "What?") for each in pictures]))
+    processor, arrays = fresh_processor(family), [np.array(each) for each in pictures]
+    expected = processor.draw_kept_tokens(pictures, record)
     assert len(expected) == 2
-    assert_same(fresh_processor(family).draw_kept_tokens(FORMS[form](arrays), record), expected, levels=1)
+    for form in FORMS.values():
+        assert_same(processor.draw_kept_tokens(form(arrays), record), expected, levels=1)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
