@@ -17,9 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from export import ROOT, Base, config_classes, export_model, own, readable
@@ -115,8 +116,29 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms"
 
 
+def open_picture(path) -> Image.Image:
+    """The picture in a file, upright, in RGB: the first of several, and on white where it is transparent.
+
+    Raises:
+        ValueError: if the file holds no picture that can be read.
+        OSError: if it cannot be opened.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # of decoders
+        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
+    if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 def run_demo(arguments: argparse.Namespace) -> None:
-    image = Image.open(arguments.image or SCENE).convert("RGB")
+    image = open_picture(arguments.image or SCENE)
     model_name = arguments.model or str(ROOT)
     checkpoint = Base.open(model_name)
     print(f"model     {model_name}")
@@ -140,7 +162,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"pruned    {pruned.answer or '(no text)'}\n")
     print(table(unpruned, pruned, inputs["input_ids"].shape[1], model.config.pruning_layer))
     PICTURE.parent.mkdir(exist_ok=True)
-    processor.draw_kept_tokens(image, pruned.record)[0].save(PICTURE)
+    processor.draw_kept_tokens(record=pruned.record, inputs=inputs)[0].save(PICTURE)
     print(f"\nThe tokens that were kept: {PICTURE}")
 
 

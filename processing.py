@@ -1,9 +1,15 @@
 """Processors that behave as the base model's and can also draw which visual tokens were kept.
 
 `draw_kept_tokens` draws on the picture as the vision tower saw it, so that patches line up: for LLaVA the resized and
-centre-cropped square, not the file that was opened.
+centre-cropped square, not the file that was opened. It is made of the pixels that the model was given; where the caller has the
+pictures alone, they go through the image processor once more.
 """
 
+import base64
+import io
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
 from math import ceil, isqrt, sqrt
 
 import torch
@@ -29,6 +35,14 @@ GAP = 8  # between the grids of one image or video
 DROPPED_BRIGHTNESS = 0.35
 LEGEND_HEIGHT = 30
 BACKGROUND, FOREGROUND = (24, 24, 24), (235, 235, 235)
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+NESTED = ("images_kwargs", "videos_kwargs")
+# What an image or a video processor can be told that changes how its pixels are read.
+SETTINGS = (
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("image_grid_pinpoints", "patch_size", "merge_size", "temporal_patch_size"),
+)
 
 
 def order_color(place: int, num_kept: int) -> tuple[int, int, int]:
@@ -40,11 +54,159 @@ def order_color(place: int, num_kept: int) -> tuple[int, int, int]:
     return tuple(round(first * (1 - weight) + second * weight) for first, second in pair)
 
 
-def flatten_images(images) -> list:
-    """A picture, a list of them, or a list per row, as one flat list in prompt order."""
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for part in images for image in flatten_images(part)]
+def flatten_images(images) -> list[tuple]:
+    """A picture, an array of several, a list of them, or a list per row: each, in prompt order, and the object it is of."""
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in flatten_images(part)]
+    return [(image, images) for image in (images if getattr(images, "ndim", 0) == 4 else [images])]
+
+
+class SeenImages:
+    """The options that a processor was called with for each image object that still exists. A copy begins empty."""
+
+    def __init__(self):
+        self._calls = {}
+
+    def add(self, image, options: dict):
+        key = id(image)
+        try:
+            self._calls[key] = weakref.ref(image, lambda _: self._calls.pop(key, None)), options
+        except TypeError:  # a path or url, a string
+            return
+
+    def options_of(self, image) -> dict | None:
+        """None for an image that was not given to the processor."""
+        reference, options = self._calls.get(id(image), (None, None))
+        return options if reference is not None and reference() is image else None
+
+    def __reduce__(self):
+        return SeenImages, ()
+
+
+class DrawMixin:
+    """Adds `draw_kept_tokens` to a processor. A family tells in `image_views` and `video_slices` what its grids cover."""
+
+    def __call__(self, images=None, *args, **kwargs):
+        """As in the stock class. How each image object was read is remembered for `draw_kept_tokens`, as long as it exists."""
+        inputs = super().__call__(images, *args, **kwargs)
+        seen = self.__dict__.setdefault("seen_images", SeenImages())
+        options = self.options_for("image", kwargs)
+        for _, given in [] if images is None else flatten_images(images):
+            seen.add(given, options)
+        return inputs
+
+    def draw_kept_tokens(self, images=None, record=None, videos=None, inputs=None, **kwargs) -> list[Image.Image]:
+        """Draw what a request kept: kept patches bright and framed, dropped ones grey and dim.
+
+        The colour of a frame tells when its token was selected: yellow first, purple last, as in the strip below the picture.
+        Give `inputs` where you have them: they are what the model saw, whatever the pictures went through before.
+
+        Args:
+            images: the pictures given to the processor, in any form that it takes: one, a list, a list per row, an array of
+                several. None leaves them out. An image object that this processor was called with is read as in that call. Any
+                other is turned upright by its EXIF orientation, if the processor turns a file by it, or if only so it fits.
+            record: the `PruningRecord` of the request that saw them.
+            videos: the videos given to the processor, likewise. None leaves them out.
+            inputs: what the processor made of images and videos, instead of these: `pixel_values`, `pixel_values_videos` and
+                what came with them (`image_sizes`, `image_grid_thw`, ...), as given to the model.
+            kwargs: what else the processor was told in that call, such as `size`, `do_center_crop` or `do_sample_frames`, also
+                as `images_kwargs` and `videos_kwargs`. Of `inputs` only those count that normalize, or that cut into patches.
+
+        Returns:
+            One RGB picture per image, then one per video, in prompt order. An image with several grids has them side by side; a
+            video is a contact sheet of its temporal slices, in rows from left to right.
+
+        Raises:
+            ValueError: if nothing was pruned in the request, it had another number of images, videos or slices, or an image or
+                a video makes another grid than the record has.
+        """
+        if record is None:
+            raise ValueError("There is no record to draw: nothing was pruned in this request.")
+        if (inputs is None) == (images is None and videos is None):
+            raise ValueError("draw_kept_tokens takes either inputs or the images and videos that they were made of.")
+        for name in (name for names in (kwargs, *map(kwargs.get, NESTED)) for name in names or ()):
+            if name not in {*NESTED, *self.option_names("image"), *self.option_names("video")}:
+                raise ValueError(f"Neither the image processor nor the video processor has an option {name!r}.")
+        drawn = []
+        for pictures, entries in self.seen_media("image", images, record, inputs, kwargs):
+            drawn.append(with_legend(draw_grids(pictures, entries), entries, columns=len(pictures)))
+        for pictures, entries in self.seen_media("video", videos, record, inputs, kwargs):
+            drawn.append(with_legend(draw_grids(pictures, entries), entries, columns=ceil(sqrt(len(pictures)))))
+        return drawn
+
+    def seen_media(self, modality: str, media, record, inputs, kwargs: dict) -> Iterator[tuple[list[Image.Image], list]]:
+        """For each image (or video) a picture of what each of its grids covers, as the model saw it, and its entries."""
+        options = self.options_for(modality, kwargs)
+        if inputs is None and media is None:
+            return
+        if inputs is None and modality == "image":
+            for number, ((image, given), entries) in enumerate(pair_with_entries(flatten_images(media), record, modality)):
+                yield self.pictures_of_image(self.readings(image, given, options), entries, number), entries
+            return
+        if inputs is None:
+            options = {"do_normalize": False} | options
+            inputs = self.video_processor(videos=make_batched_videos(media), **options, return_tensors="pt")
+        has_pixels = inputs.get(PIXELS[modality]) is not None
+        views_of_all = self.views_of(modality, inputs, options) if has_pixels else []
+        for number, (views, entries) in enumerate(pair_with_entries(views_of_all, record, modality)):
+            check_grids(modality, number, views, entries)
+            yield [picture for picture, _ in views], entries
+
+    def pictures_of_image(self, readings: list[tuple], entries, number: int) -> list[Image.Image]:
+        """What the grids of `entries` cover of an image, in the first of its `readings` that has these grids."""
+        mismatch = None
+        for reading, options in readings:
+            options = {"do_normalize": False} | options
+            for images in self.groups_with(reading):
+                views = self.views_of("image", self.image_processor(images=images, **options, return_tensors="pt"), options)[0]
+                try:
+                    check_grids("image", number, views, entries)
+                    return [picture for picture, _ in views]
+                except ValueError as error:
+                    mismatch = mismatch or error
+        raise mismatch
+
+    def readings(self, image, given, options: dict) -> list[tuple[object, dict]]:
+        """How the model may have seen `image` of the object `given`, and with which options: the likeliest first."""
+        remembered = self.__dict__.get("seen_images", SeenImages()).options_of(given)
+        found = [] if remembered is None else [(image, options or remembered)]
+        if not isinstance(image, Image.Image) or image.getexif().get(ORIENTATION, 1) == 1:
+            return [*found, (image, options)]
+        others = [(ImageOps.exif_transpose(image), options), (image, options)]
+        return found + (others if turns_files_upright(self.image_processor) else others[::-1])
+
+    def groups_with(self, image) -> list[list]:
+        """What to call the image processor with, to get what it made of `image`: the likeliest first."""
+        return [[image]]
+
+    def options_for(self, modality: str, kwargs: dict) -> dict:
+        """Those of a call's `kwargs` that are for the image or the video processor."""
+        names = self.option_names(modality)
+        given = kwargs | (kwargs.get(f"{modality}s_kwargs") or {})
+        return {name: value for name, value in given.items() if name in names}
+
+    def option_names(self, modality: str) -> set[str]:
+        part = getattr(self, f"{modality}_processor", None)
+        return set() if part is None else set(part.valid_kwargs.__annotations__) - {"return_tensors"}
+
+    def views_of(self, modality: str, inputs, options: dict) -> list[list[tuple[Image.Image, tuple[int, int]]]]:
+        """For each image (or video): pictures of what its grids cover, and the grids (height, width)."""
+        part = self.image_processor if modality == "image" else self.video_processor
+        settings = {name: options.get(name, getattr(part, name, None)) for name in (*SETTINGS, *options)}
+        inputs = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        views = (self.image_views if modality == "image" else self.video_slices)(inputs, settings)
+        restored = [[(restore(pixels, settings), grid) for pixels, grid in each] for each in views]
+        peak = max((pixels.max().item() for each in restored for pixels, _ in each), default=1)
+        scale = 1 / 255 if peak > 2 else 1  # do_rescale=False with pictures of 0 to 255
+        return [[(to_picture(pixels * scale), grid) for pixels, grid in each] for each in restored]
+
+    def image_views(self, inputs: dict, settings: dict) -> list[list[tuple[torch.Tensor, tuple[int, int]]]]:
+        """For each image its views: the pixels [3, height, width] that a grid covers, and the grid (height, width)."""
+        raise NotImplementedError
+
+    def video_slices(self, inputs: dict, settings: dict) -> list[list[tuple[torch.Tensor, tuple[int, int]]]]:
+        """For each video, likewise its temporal slices."""
+        raise NotImplementedError
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
@@ -52,45 +214,28 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-class DrawMixin:
-    """Adds `draw_kept_tokens` to a processor. A family tells in `seen_pictures` and `seen_frames` what its grids cover."""
+def restore(pixels: torch.Tensor, settings: dict) -> torch.Tensor:
+    """`pixels` [3, height, width] as they were before they were normalized, in 0 to 1 if they were rescaled."""
+    pixels = pixels.float()
+    if settings["do_normalize"]:
+        mean, std = (torch.tensor(settings[name]).float().view(-1, 1, 1) for name in ("image_mean", "image_std"))
+        pixels = pixels * std + mean
+    return pixels / (255 * settings["rescale_factor"]) if settings["do_rescale"] else pixels
 
-    def draw_kept_tokens(self, images, record, videos=None, **videos_kwargs) -> list[Image.Image]:
-        """Draw what a request kept: kept patches bright and framed, dropped ones grey and dim.
 
-        The colour of a frame tells when its token was selected: yellow first, purple last, as in the strip below the picture.
+@lru_cache(maxsize=1)
+def sideways_file() -> str:
+    """A JPEG of 16 x 8 pixels, as a data url, that is 8 x 16 upright."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (16, 8)).save(file, "JPEG", exif=exif)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-        Args:
-            images: the pictures given to the processor: one, a list, or a list per row. None leaves them out.
-            record: the `PruningRecord` of the request that saw them.
-            videos: the videos given to the processor, likewise. None leaves them out.
-            videos_kwargs: what else the processor was told about the videos, such as `do_sample_frames`.
 
-        Returns:
-            One RGB picture per image, then one per video, in prompt order. An image with several grids has them side by side; a
-            video is a contact sheet of its temporal slices, in rows from left to right.
-
-        Raises:
-            ValueError: if nothing was pruned in the request, or it had another number of images, videos or slices.
-        """
-        if record is None:
-            raise ValueError("There is no record to draw: nothing was pruned in this request.")
-        drawn = []
-        for image, entries in [] if images is None else pair_with_entries(flatten_images(images), record, "image"):
-            grids = draw_grids(self.seen_pictures(image, entries), entries)
-            drawn.append(with_legend(grids, entries, columns=len(grids)))
-        for video, entries in [] if videos is None else pair_with_entries(make_batched_videos(videos), record, "video"):
-            grids = draw_grids(self.seen_frames(video, entries, **videos_kwargs), entries)
-            drawn.append(with_legend(grids, entries, columns=ceil(sqrt(len(grids)))))
-        return drawn
-
-    def seen_pictures(self, image, entries) -> list[Image.Image]:
-        """What the grids of `entries`, all of one image, cover of it, as the vision tower saw it."""
-        raise NotImplementedError
-
-    def seen_frames(self, video, entries, **videos_kwargs) -> list[Image.Image]:
-        """What the grids of `entries`, all of one video, cover of each of its temporal slices, as the vision tower saw it."""
-        raise NotImplementedError
+def turns_files_upright(image_processor) -> bool:
+    """Whether a file is turned by its EXIF orientation: not in transformers 5.17 with torchvision."""
+    image = image_processor.fetch_images(sideways_file())
+    return (image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])) == (8, 16)
 
 
 def pair_with_entries(media: list, record, modality: str) -> list[tuple]:
@@ -104,13 +249,32 @@ def pair_with_entries(media: list, record, modality: str) -> list[tuple]:
     return [(each, entries) for each, (_, entries) in zip(media, sorted(entries_of.items()), strict=True)]
 
 
+def slices_of(entries) -> list[tuple]:
+    """`entries` with the number of each of their slices: one of a grid (height, width), or as many as a video's has frames."""
+    return [(entry, frame) for entry in entries for frame in range(entry.num_visual // (entry.grid[-2] * entry.grid[-1]))]
+
+
+def check_grids(modality: str, number: int, views: list[tuple], entries):
+    """Raises a ValueError where the grids of an image's or a video's views are not those of its entries."""
+    found, expected = [tuple(grid) for _, grid in views], [tuple(entry.grid[-2:]) for entry, _ in slices_of(entries)]
+    if modality == "video" and len(found) != len(expected):
+        raise ValueError(f"Got {len(found)} slices to draw on, but the record is of {len(expected)} slices in video {number}.")
+    if found != expected:
+        raise ValueError(
+            f"{modality.capitalize()} {number} (counted from 0) makes a grid of {sides_of(found)} tokens, but the record has "
+            f"{sides_of(expected)}. Give draw_kept_tokens what the model was given: the inputs, or the same pictures with the "
+            "same options."
+        )
+
+
+def sides_of(grids: list[tuple[int, int]]) -> str:
+    return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(grids))
+
+
 def draw_grids(pictures: list[Image.Image], entries) -> list[Image.Image]:
     """`pictures` with `entries` drawn on them: one picture for a grid (height, width), several for (frames, height, width)."""
-    slices = [(entry, frame) for entry in entries for frame in range(entry.num_visual // (entry.grid[-2] * entry.grid[-1]))]
-    if len(pictures) != len(slices):
-        raise ValueError(f"Got {len(pictures)} slices to draw on, but the record is of {len(slices)} slices.")
     drawn = []
-    for picture, (entry, frame) in zip(pictures, slices, strict=True):
+    for picture, (entry, frame) in zip(pictures, slices_of(entries), strict=True):
         rows, columns = entry.grid[-2:]
         tokens = (entry.order - frame * rows * columns).tolist()
         places = {token: place for place, token in enumerate(tokens) if 0 <= token < rows * columns}
@@ -190,9 +354,14 @@ class VLMPrunerLlavaProcessor(DrawMixin, LlavaProcessor):
 
     _auto_class = "AutoProcessor"
 
-    def seen_pictures(self, image, entries) -> list[Image.Image]:
-        pixel_values = self.image_processor(images=image, do_normalize=False, return_tensors="pt")["pixel_values"]
-        return [to_picture(whole_patches(pixel_values[0], entry.grid)) for entry in entries]
+    def image_views(self, inputs, settings):
+        pixel_values = inputs["pixel_values"]
+        sizes = inputs.get("image_sizes", [pixels.shape[-2:] for pixels in pixel_values])  # without padding to a larger one
+        grids = [tuple(int(side) // self.patch_size for side in size) for size in sizes]
+        return [
+            [(pixels[:, : rows * self.patch_size, : columns * self.patch_size], (rows, columns))]
+            for pixels, (rows, columns) in zip(pixel_values, grids, strict=True)
+        ]
 
 
 class AnyResolutionDrawMixin(DrawMixin):
@@ -200,28 +369,47 @@ class AnyResolutionDrawMixin(DrawMixin):
 
     _auto_class = "AutoProcessor"
 
-    def seen_pictures(self, image, entries) -> list[Image.Image]:
-        inputs = self.image_processor(images=image, do_normalize=False, return_tensors="pt")
-        squares, image_size = inputs["pixel_values"][0], inputs["image_sizes"][0].tolist()
-        if len(entries) == 1:  # of a very thin image unpadding leaves no second view
-            return [to_picture(whole_patches(squares[0], entries[0].grid))]
-        best = select_best_resolution(image_size, self.image_processor.image_grid_pinpoints)
+    def base_grid(self, squares: torch.Tensor) -> tuple[int, int]:
+        """(height, width) of `squares` [..., height, width in pixels] in patches."""
+        height, width = (side // self.patch_size for side in squares.shape[-2:])
+        return height, width
+
+    def image_views(self, inputs, settings):
+        sizes = [[int(side) for side in size] for size in inputs["image_sizes"]]
+        images = zip(inputs["pixel_values"], sizes, self.are_tiled(inputs), strict=True)
+        return [self.views_of_squares(*image, settings) for image in images]
+
+    def are_tiled(self, inputs) -> list[bool]:
+        """Of each image, whether it has tiles."""
+        return [True] * len(inputs["pixel_values"])
+
+    def views_of_squares(self, squares: torch.Tensor, image_size: list[int], is_tiled: bool, settings: dict) -> list[tuple]:
+        """The views of an image of `image_size` (height, width in pixels) in its `squares` [1 + tiles, 3, side, side]."""
+        base_grid = self.base_grid(squares)
+        best = select_best_resolution(image_size, settings["image_grid_pinpoints"])
         rows, columns = (length // side for length, side in zip(best, squares.shape[-2:], strict=True))
-        base_grid = entries[0].grid
         squares = whole_patches(squares, base_grid)
+        if not is_tiled:
+            return [(squares[0], base_grid)]
         tiles = squares[1 : 1 + rows * columns].unflatten(0, (rows, columns))
-        larger = without_padding(
-            tiles.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2), (rows * base_grid[0], columns * base_grid[1]), image_size
-        )
-        return [to_picture(squares[0]), to_picture(larger)]
+        larger = tiles.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)
+        larger, grid = without_padding(larger, (rows * base_grid[0], columns * base_grid[1]), image_size)
+        views = [(squares[0], base_grid), (larger, self.pooled_grid(grid, base_grid))]
+        return views if larger.numel() else views[:1]  # of a very thin image unpadding leaves no second view
+
+    def pooled_grid(self, grid: tuple[int, int], base_grid: tuple[int, int]) -> tuple[int, int]:
+        """What the model makes of the patches of the second view."""
+        return grid
 
 
-def without_padding(pixels: torch.Tensor, grid: tuple[int, int], image_size: list[int]) -> torch.Tensor:
-    """`pixels` [3, height, width] without the patches of `grid` that the model drops as padding."""
+def without_padding(pixels: torch.Tensor, grid: tuple[int, int], image_size: list[int]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`pixels` [3, height, width] without the patches of `grid` that the model drops as padding, and the grid that remains."""
     places = unpad_image(torch.arange(grid[0] * grid[1]).view(1, *grid), image_size)[0]
+    if not places.numel():
+        return pixels[:, :0], tuple(places.shape)
     patch = pixels.shape[1] // grid[0]
     (top, left), (bottom, right) = (divmod(int(place), grid[1]) for place in (places[0, 0], places[-1, -1]))
-    return pixels[:, top * patch : (bottom + 1) * patch, left * patch : (right + 1) * patch]
+    return pixels[:, top * patch : (bottom + 1) * patch, left * patch : (right + 1) * patch], tuple(places.shape)
 
 
 class VLMPrunerLlavaNextProcessor(AnyResolutionDrawMixin, LlavaNextProcessor):
@@ -231,17 +419,28 @@ class VLMPrunerLlavaNextProcessor(AnyResolutionDrawMixin, LlavaNextProcessor):
 class VLMPrunerLlavaOnevisionProcessor(AnyResolutionDrawMixin, LlavaOnevisionProcessor):
     """The processor of LLaVA-OneVision with `draw_kept_tokens`."""
 
-    def seen_pictures(self, image, entries) -> list[Image.Image]:
-        if len(entries) > 1:
-            return super().seen_pictures(image, entries)
-        # One of several images of a row, which is padded to a square and not cut into tiles.
-        inputs = self.image_processor(images=[[image, image]], do_normalize=False, return_tensors="pt")
-        return [to_picture(whole_patches(inputs["pixel_values"][0, 0], entries[0].grid))]
+    def base_grid(self, squares: torch.Tensor) -> tuple[int, int]:
+        side = isqrt(self.num_image_tokens)
+        return side, side
 
-    def seen_frames(self, video, entries, **videos_kwargs) -> list[Image.Image]:
-        inputs = self.video_processor(videos=[video], do_normalize=False, return_tensors="pt", **videos_kwargs)
-        side = isqrt(self.num_image_tokens)  # patches before pooling
-        return [to_picture(whole_patches(frame, (side, side))) for frame in inputs["pixel_values_videos"][0]]
+    def pooled_grid(self, grid: tuple[int, int], base_grid: tuple[int, int]) -> tuple[int, int]:
+        """Of more patches than `vision_aspect_ratio` allows, fewer."""
+        most = int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = sqrt(grid[0] * grid[1] / (most * base_grid[0] ** 2))
+        return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
+
+    def are_tiled(self, inputs) -> list[bool]:
+        """Several images of a row are not: each is one square, padded."""
+        counts = inputs.get("batch_num_images")
+        return super().are_tiled(inputs) if counts is None else [count == 1 for count in counts for _ in range(count)]
+
+    def groups_with(self, image) -> list[list]:
+        return [[image], [[image, image]]]
+
+    def video_slices(self, inputs, settings):
+        side = isqrt(self.num_image_tokens)
+        pooled = (ceil(side / 2), ceil(side / 2))
+        return [[(whole_patches(frame, (side, side)), pooled) for frame in video] for video in inputs["pixel_values_videos"]]
 
 
 class QwenDrawMixin(DrawMixin):
@@ -249,20 +448,29 @@ class QwenDrawMixin(DrawMixin):
 
     _auto_class = "AutoProcessor"
 
-    def seen_pictures(self, image, entries) -> list[Image.Image]:
-        inputs = self.image_processor(images=image, do_normalize=False, return_tensors="pt")
-        return join_merged_patches(inputs["pixel_values"], entries[0].grid, self.image_processor)
+    def image_views(self, inputs, settings):
+        return join_merged_patches(inputs["pixel_values"], inputs["image_grid_thw"], settings)
 
-    def seen_frames(self, video, entries, **videos_kwargs) -> list[Image.Image]:
-        inputs = self.video_processor(videos=[video], do_normalize=False, return_tensors="pt", **videos_kwargs)
-        return join_merged_patches(inputs["pixel_values_videos"], entries[0].grid[-2:], self.video_processor)
+    def video_slices(self, inputs, settings):
+        return join_merged_patches(inputs["pixel_values_videos"], inputs["video_grid_thw"], settings)
 
 
-def join_merged_patches(pixel_values: torch.Tensor, grid: tuple[int, int], processor) -> list[Image.Image]:
-    """A picture for each slice of [slices * patches, 3 * frames * patch_size^2], on whose merged patches `grid` lies."""
-    merge, patch = processor.merge_size, processor.patch_size
-    slices = pixel_values.view(-1, *grid, merge, merge, 3, processor.temporal_patch_size, patch, patch)[..., 0, :, :]
-    return [to_picture(patches.permute(4, 0, 2, 5, 1, 3, 6).flatten(1, 3).flatten(2)) for patches in slices]
+def join_merged_patches(pixel_values: torch.Tensor, grids: torch.Tensor, settings: dict) -> list[list[tuple]]:
+    """For each image or video its slices as pixels [3, height, width], each with its grid of merged patches.
+
+    Args:
+        pixel_values: [all patches, 3 * frames of a slice * patch_size^2], by rows of merged patches.
+        grids: [n, 3] (slices, height, width in patches).
+        settings: the sizes of patches.
+    """
+    merge, patch, frames = (settings[name] for name in ("merge_size", "patch_size", "temporal_patch_size"))
+    views, grids = [], [[int(side) for side in grid] for grid in grids]
+    parts = pixel_values.split([slices * rows * columns for slices, rows, columns in grids])
+    for part, (slices, rows, columns) in zip(parts, grids, strict=True):
+        grid = rows // merge, columns // merge
+        part = part.view(slices, *grid, merge, merge, 3, frames, patch, patch)[..., 0, :, :]
+        views.append([(patches.permute(4, 0, 2, 5, 1, 3, 6).flatten(1, 3).flatten(2), grid) for patches in part])
+    return views
 
 
 class VLMPrunerQwen2VLProcessor(QwenDrawMixin, Qwen2VLProcessor):

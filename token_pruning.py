@@ -180,6 +180,7 @@ def prune_tokens(
     Raises:
         ValueError: shapes, grid or budget do not fit together, or, outside CUDA, an input holds NaN or infinite values.
     """
+    hidden_states = _in_rows(hidden_states)
     selection = select_tokens(hidden_states, keys, grid, num_keep, parameters)
     return selection.kept, aggregate_tokens(hidden_states, selection, parameters.aggregation_weight)
 
@@ -319,8 +320,8 @@ def _select_on_cpu(
     required: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The kept tokens in order [R], the kept token that each token belongs to [N], and its cosine with it [N]."""
-    hidden_states = _rescale("hidden_states", hidden_states).float()
-    pivots = choose_pivots(_rescale("keys", keys), min(parameters.num_pivots, num_keep))
+    hidden_states = _rescale("hidden_states", _in_rows(hidden_states)).float()
+    pivots = choose_pivots(_rescale("keys", _in_rows(keys)), min(parameters.num_pivots, num_keep))
     similarity = channel_cosines(hidden_states, parameters.num_channels).numpy()
     candidates = _Candidates(similarity, grid, parameters.spatial_weight, num_keep, required)
     candidates.accept(pivots)
@@ -519,6 +520,11 @@ def _check_arguments(hidden_states: torch.Tensor, keys: torch.Tensor, grid: Sequ
         raise ValueError(f"num_keep must be an integer in 1..{num_tokens}, but is {num_keep!r}.")
 
 
+def _in_rows(values: torch.Tensor) -> torch.Tensor:
+    """`values`, copied unless those of the last dimension are neighbors in memory: what is not is read many times slower."""
+    return values if values.is_contiguous() or values.stride(-1) == 1 else values.contiguous()
+
+
 def _rescale(name: str, values: torch.Tensor) -> torch.Tensor:
     """`values`, scaled to a largest magnitude of 1 if their squares could leave float32; selection ignores scale.
 
@@ -527,7 +533,8 @@ def _rescale(name: str, values: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: some values are NaN or infinite; the message counts them.
     """
-    smallest, largest = values.aminmax()
+    as_stored = values.transpose(0, 1) if values.stride(0) < values.stride(1) else values
+    smallest, largest = as_stored.aminmax()
     peak = torch.maximum(largest, -smallest).item()
     if COMFORTABLE[0] < peak < COMFORTABLE[1]:
         return values

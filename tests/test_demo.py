@@ -11,6 +11,7 @@ import pytest
 from families import FAMILIES, picture
 from PIL import Image
 
+from demo import open_picture
 from training.scenes import ask, draw, make_scene
 
 
@@ -93,3 +94,45 @@ def test_errors_are_one_line(demo, arguments, message):
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1, process.stderr
     assert message in process.stderr
+
+
+def saved(folder, name: str, image: Image.Image, **options) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def test_pictures_of_every_kind_are_shown_upright_and_in_color(tmp_path):
+    """Each file is 30 x 20 pixels of (200, 100, 50), in its left half where one half differs, in 255s elsewhere."""
+    plain, exif = Image.new("RGB", (30, 20), (200, 100, 50)), Image.Exif()
+    halves = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    halves.paste((200, 100, 50, 255), (0, 0, 15, 20))
+    palette = Image.new("P", (30, 20), 1)
+    palette.putpalette([200, 100, 50, 0, 0, 0])
+    palette.paste(0, (0, 0, 15, 20))
+    exif[0x0112] = 6
+    lossless = {"quality": 100, "subsampling": 0}
+    on_its_side = saved(tmp_path, "phone.png", plain.rotate(90, expand=True), exif=exif)
+    assert open_picture(on_its_side).size == (30, 20)
+    for path in (
+        on_its_side,
+        saved(tmp_path, "cmyk.jpg", plain.convert("CMYK"), **lossless),
+        saved(tmp_path, "animation.gif", plain, save_all=True, append_images=[Image.new("RGB", (30, 20))]),
+    ):
+        np.testing.assert_allclose(np.asarray(open_picture(path)), np.asarray(plain), atol=3, err_msg=path.name)
+    for path in (
+        saved(tmp_path, "transparent.png", halves),
+        saved(tmp_path, "palette.png", palette, transparency=1),
+        saved(tmp_path, "palette.gif", palette, transparency=1),
+    ):
+        pixels = np.asarray(open_picture(path))
+        assert (pixels[:, :15] == (200, 100, 50)).all() and (pixels[:, 15:] == 255).all(), path.name
+    deep = saved(tmp_path, "deep.png", Image.fromarray(np.full((20, 30), 100 * 257, dtype=np.uint16)))
+    assert (np.asarray(open_picture(deep)) == 100).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "cut off"])
+def test_a_file_that_is_no_picture_is_named(tmp_path, content):
+    whole = saved(tmp_path, "whole.png", picture(1))
+    (tmp_path / "broken.png").write_bytes(whole.read_bytes()[:5000] if content == "cut off" else content)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as a picture: .+"):
+        open_picture(tmp_path / "broken.png")

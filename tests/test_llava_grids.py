@@ -374,7 +374,7 @@ def test_a_contact_sheet_shows_each_slice(name, scope):
 
 def test_images_come_before_videos_and_none_is_left_out():
     processor = ONEVISION.processor_class.from_pretrained(ONEVISION.checkpoint)
-    image, video = picture(1), np.zeros((2, 60, 80, 3), dtype=np.uint8)
+    image, video = picture(1, 640, 480), np.zeros((2, 60, 80, 3), dtype=np.uint8)
     image_entries = [entry((27, 27), [1], modality="image"), entry((40, 54), [1], view=1, modality="image")]
     record = PruningRecord((*image_entries, entry((14, 14), [1]), entry((14, 14), [2], view=1)))
     both = processor.draw_kept_tokens(image, record, videos=video)

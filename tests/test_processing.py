@@ -1,14 +1,18 @@
 """Our processors are the stock ones, and their pictures show what was kept where the model saw it."""
 
+import copy
+import gc
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, picture, prompt
+from families import FAMILIES, clip, load_pruned, make_inputs, picture, prompt, small_checkpoint
 from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
+from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
 
 from vlmpruner.processing import GAP, LEGEND_HEIGHT, DrawMixin, order_color
 
@@ -198,10 +202,12 @@ def test_one_picture_per_image_in_prompt_order(processor, nest):
     assert [tuple(np.asarray(each)[patch].mean((0, 1))) for each in drawn] == [(250, 0, 0), (0, 250, 0)]
 
 
-def test_several_grids_of_an_image_stand_side_by_side(processor):
-    record = [entry([0], view=0), entry([1, 2], view=1)]
-    drawn = processor.draw_kept_tokens(picture(1), record)
-    assert [each.size for each in drawn] == [(2 * SIDE * PATCH + GAP, SIDE * PATCH + LEGEND_HEIGHT)]
+def test_several_grids_of_an_image_stand_side_by_side():
+    family = FAMILIES["llava_next"]
+    processor = family.processor_class.from_pretrained(family.checkpoint)
+    record = [entry([0], view=0), entry([1, 2], view=1, grid=(36, 48))]
+    drawn = processor.draw_kept_tokens(picture(1, 640, 480), record)
+    assert [each.size for each in drawn] == [((24 + 48) * PATCH + GAP, 36 * PATCH + LEGEND_HEIGHT)]
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")  # torchvision's, which opens the file
@@ -220,3 +226,238 @@ def test_refuses_another_number_of_images(processor):
 def test_refuses_a_request_that_pruned_nothing(processor):
     with pytest.raises(ValueError, match="nothing was pruned in this request"):
         processor.draw_kept_tokens(picture(1), None)
+
+
+# The picture that the model saw
+
+
+def fresh_processor(family):
+    return family.processor_class.from_pretrained(small_checkpoint(family))
+
+
+def record_of(family, inputs):
+    with torch.no_grad():
+        return load_pruned(family)(**inputs).pruning_record
+
+
+def all_kept(record):
+    return [entry(range(each.num_visual), each.image, each.row, each.view, each.modality, each.grid) for each in record]
+
+
+def assert_same(drawn: list, expected: list, levels: float = 0):
+    assert [each.size for each in drawn] == [each.size for each in expected]
+    for one, other in zip(drawn, expected, strict=True):
+        assert np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).max() <= levels
+
+
+def test_inputs_are_drawn_as_the_pictures_they_were_made_of(family):
+    """Rows of one image and of two; also where the pixels are no longer in full precision."""
+    rows = [([picture(1)], "What?"), ([picture(2, 300, 200), picture(3, 90, 150)], "Which?")]
+    inputs, images = make_inputs(family, rows), [images for images, _ in rows]
+    record, processor = record_of(family, inputs), fresh_processor(family)
+    drawn = processor.draw_kept_tokens(record=record, inputs=inputs)
+    assert len(drawn) == 3
+    assert_same(drawn, processor.draw_kept_tokens(images, record), levels=1)
+    assert_same(processor.draw_kept_tokens(record=record, inputs=inputs.to(torch.bfloat16)), drawn, levels=2)
+
+
+def test_several_images_of_a_row_of_onevision_are_drawn_with_their_padding():
+    family = FAMILIES["llava_onevision"]
+    processor, images = fresh_processor(family), [[Image.new("RGB", (200, 100), (250, 0, 0)), picture(1)]]
+    inputs = processor(images=images, text=[prompt(processor, 2)], return_tensors="pt")
+    record = all_kept(record_of(family, inputs))
+    from_inputs, from_images = (
+        fresh_processor(family).draw_kept_tokens(pictures, record, inputs=given)
+        for pictures, given in [(None, inputs), (images, None)]
+    )
+    assert_same(from_inputs, from_images, levels=1)
+    middle = np.asarray(from_inputs[0])[:-LEGEND_HEIGHT, from_inputs[0].width // 2].astype(int)
+    assert 0.35 < (middle[:, 0] - middle[:, 1] > 150).mean() < 0.6
+
+
+def test_a_second_view_of_many_patches_has_a_smaller_grid():
+    """42 x 35 patches are more than 9 views of 7 x 7, by a factor of 1.826 on each side."""
+    processor = fresh_processor(FAMILIES["llava_onevision"])
+    assert processor.vision_aspect_ratio == "anyres_max_9"
+    assert processor.pooled_grid((42, 35), (7, 7)) == (23, 19)
+    assert processor.pooled_grid((21, 21), (7, 7)) == (21, 21)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A file whose pixels lie on their side: upright, and as its EXIF orientation says, the upper half is red."""
+    upright = Image.new("RGB", (320, 480), (0, 0, 200))
+    upright.paste((220, 0, 0), (0, 0, 320, 240))
+    path, exif = str(tmp_path / "photo.jpg"), Image.Exif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(path, exif=exif, quality=95)
+    return path
+
+
+def is_upright(drawn: Image.Image) -> bool:
+    """Whether red is above, and not at the left."""
+    pixels = np.asarray(drawn)[:-LEGEND_HEIGHT].astype(int)
+    redness = pixels[..., 0] - pixels[..., 2]
+    above, left = redness[: len(redness) // 4].mean(), redness[:, : redness.shape[1] // 4].mean()
+    assert max(above, left) > 20 + min(above, left)
+    return bool(above > left)
+
+
+# How a photo comes to the model -> what is given to the processor.
+WAYS = {
+    "a path": lambda path: path,
+    "an opened file": Image.open,
+    "turned before": lambda path: Image.open(path).transpose(Image.Transpose.ROTATE_270),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("by_template", [False, True])
+def test_a_photo_is_drawn_as_the_model_saw_it(family, photo, way, by_template):
+    """Image processors turn a file by its EXIF orientation (from some version on), but not a picture that was opened."""
+    processor, image = fresh_processor(family), WAYS[way](photo)
+    if by_template:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt")
+    record = all_kept(record_of(family, inputs))
+    seen = processor.draw_kept_tokens(record=record, inputs=inputs)
+    if way != "a path":
+        assert is_upright(seen[0]) == (way == "turned before")
+    assert_same(processor.draw_kept_tokens(image, record), seen, levels=1)
+    if way == "a path":
+        opened = processor.draw_kept_tokens(Image.open(photo), record)
+        assert is_upright(opened[0]) == is_upright(seen[0])
+        assert_same(opened, seen, levels=8)  # two decoders of JPEG
+
+
+OPTIONS = {
+    "llava": [{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
+    "llava_next": [{"size": {"shortest_edge": 84}, "do_center_crop": False, "do_resize": True, "resample": 0}],
+    "llava_onevision": [{"resample": 0}],
+    "qwen2_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen2_5_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen3_vl": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
+}
+
+
+@pytest.mark.parametrize(
+    "common", [{}, {"do_normalize": False}, {"do_rescale": False}, {"image_mean": [0.1] * 3, "image_std": [2.0] * 3}]
+)
+def test_options_of_one_call(family, common):
+    """From the pixels; from the picture with the options; and from a picture whose options the processor was told."""
+    image = picture(3, 448, 224)
+    for options in OPTIONS[family.name]:
+        options, processor = options | common, fresh_processor(family)
+        inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt", **options)
+        record = record_of(family, inputs)
+        seen = fresh_processor(family).draw_kept_tokens(record=record, inputs=inputs, **options)
+        assert np.asarray(seen[0])[:-LEGEND_HEIGHT].std() > 20
+        assert_same(fresh_processor(family).draw_kept_tokens(image, record, **options), seen, levels=2)
+        assert_same(fresh_processor(family).draw_kept_tokens(image, record, images_kwargs=options), seen, levels=2)
+        assert_same(processor.draw_kept_tokens(image, record), seen, levels=2)
+        told = copy.deepcopy(processor)
+        for name, value in options.items():
+            setattr(told.image_processor, name, value)
+        assert_same(told.draw_kept_tokens(image, record), seen, levels=2)
+
+
+def test_a_picture_of_another_grid_is_named(family):
+    images = [picture(1, 320, 240), picture(2, 240, 320)]
+    record = record_of(family, make_inputs(family, [(images, "Which?")]))
+    if family.name == "llava":
+        record = [entry([1], image=0), entry([1], image=1, grid=(12, 12))]
+    grids = {number: [each.grid for each in record if each.image == number] for number in (0, 1)}
+    images = images if family.name == "llava" else [images[0], picture(3, 800, 200)]
+    right = " and ".join(f"{rows} x {columns}" for rows, columns in grids[1])
+    with pytest.raises(
+        ValueError, match=rf"Image 1 \(counted from 0\) makes a grid of .+ tokens, but the record has {right}\."
+    ):
+        fresh_processor(family).draw_kept_tokens(images, record)
+
+
+FORMS = {
+    "array of several": np.stack,
+    "tensor of several": lambda arrays: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2),
+    "arrays, channels first": lambda arrays: [array.transpose(2, 0, 1) for array in arrays],
+    "tensors": lambda arrays: [torch.from_numpy(array) for array in arrays],
+    "rows of arrays": lambda arrays: [[array] for array in arrays],
+    "tuple of pictures": lambda arrays: tuple(map(Image.fromarray, arrays)),
+    "arrays of one row each": lambda arrays: [array[None] for array in arrays],
+}
+
+
+def test_every_form_of_several_pictures(family):
+    pictures = [picture(seed, 160, 120) for seed in (1, 2)]
+    record = record_of(family, make_inputs(family, [([each], "What?") for each in pictures]))
+    processor, arrays = fresh_processor(family), [np.array(each) for each in pictures]
+    expected = processor.draw_kept_tokens(pictures, record)
+    assert len(expected) == 2
+    for form in FORMS.values():
+        assert_same(processor.draw_kept_tokens(form(arrays), record), expected, levels=1)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}])
+def test_images_and_videos_from_inputs(name, options):
+    family = FAMILIES[name]
+    processor, image, videos = fresh_processor(family), picture(1), [clip(1, 4), clip(5, 4)]
+    told = options | {"do_sample_frames": False}
+    inputs = processor(images=image, videos=videos, text=prompt(processor, 1, num_videos=2), return_tensors="pt", **told)
+    record = record_of(family, inputs)
+    drawn = fresh_processor(family).draw_kept_tokens(record=record, inputs=inputs, **options)
+    assert len(drawn) == 3
+    assert_same(drawn, fresh_processor(family).draw_kept_tokens(image, record, videos=videos, **told), levels=1)
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="Got 0 images to draw on, but the record is of 1 images"):
+        processor.draw_kept_tokens(record=record, inputs=inputs)
+
+
+def test_images_of_a_tower_that_takes_any_size():
+    """Pixtral's image processor pads the images of a batch to the largest; the padding is no part of a grid."""
+    image_processor = PixtralImageProcessor(size={"longest_edge": 112}, patch_size={"height": 14, "width": 14})
+    processor = LLAVA.processor_class.from_pretrained(LLAVA.checkpoint)
+    processor.image_processor = image_processor
+    images = [ramps(112, 56), ramps(56, 112)]
+    inputs = image_processor(images, return_tensors="pt")
+    record = [entry(range(32), image=0, grid=(4, 8)), entry(range(32), image=1, grid=(8, 4))]
+    drawn = processor.draw_kept_tokens(record=record, inputs=inputs)
+    assert_same(drawn, processor.draw_kept_tokens(images, record), levels=1)
+    assert [tuple(np.asarray(each)[13, 13, :2] > 100) for each in drawn] == [(False, False)] * 2
+    assert np.asarray(drawn[0])[14, 8 * PATCH - 14, 0] > 220 and np.asarray(drawn[1])[8 * PATCH - 14, 14, 1] > 220
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": picture(1), "inputs": {}}, "takes either inputs or the images and videos"),
+        ({}, "takes either inputs or the images and videos"),
+        ({"images": picture(1), "max_pixel": 3}, "has an option 'max_pixel'"),
+        ({"images": picture(1), "images_kwargs": {"sizes": 3}}, "has an option 'sizes'"),
+    ],
+)
+def test_refuses_bad_arguments(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor.draw_kept_tokens(record=[entry([1])], **arguments)
+
+
+def test_what_is_remembered_of_images_ends_with_them(tmp_path):
+    processor, image = fresh_processor(LLAVA), picture(1)
+    processor(images=image, text=prompt(processor, 1), do_center_crop=False)
+    seen = processor.seen_images
+    assert seen.options_of(image) == {"do_center_crop": False}
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert other.seen_images.options_of(image) is None
+    processor.save_pretrained(tmp_path)
+    assert "seen_images" not in (tmp_path / "processor_config.json").read_text()
+    del image
+    gc.collect()
+    assert not seen._calls

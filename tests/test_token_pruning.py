@@ -536,18 +536,47 @@ def count_lines(function):
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch operations and remembers the largest tensor that one of them returned."""
+    """Counts torch operations and remembers the largest tensor that one of them returned.
 
-    def __init__(self):
+    `scattered` names the operations that read a tensor of at least `size` values whose last dimension is not the one that
+    memory runs along.
+    """
+
+    def __init__(self, size=math.inf):
         super().__init__()
         self.count, self.largest = 0, 0
+        self.size, self.scattered = size, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.count += 1
+        inputs = [each for each in args if isinstance(each, torch.Tensor) and each.numel() >= self.size]
+        if not func.is_view and any(each.stride(-1) != 1 for each in inputs):
+            self.scattered.append(func.overloadpacket.__name__)
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         self.largest = max([self.largest, *(output.numel() for output in outputs if isinstance(output, torch.Tensor))])
         return result
+
+
+LAYOUTS = {
+    "columns first": lambda states: states.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every other column": lambda states: torch.stack([states, states], dim=-1)[..., 0],
+    "columns of a wider one": lambda states: torch.cat([states, states], dim=-1)[..., : states.shape[-1]],
+    "rows of a longer one": lambda states: torch.cat([states, states], dim=-2)[..., : states.shape[-2], :],
+    "tokens first": lambda states: states.transpose(0, -2).contiguous().transpose(0, -2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_are_read_along_memory(layout):
+    """Columns read in rows cost several times as much: such an input is copied once, before anything else reads it."""
+    hidden_states, keys = random_inputs((9, 11), width=300, heads=4, head_dim=75)
+    expected = prune_tokens(hidden_states, keys, (9, 11), 20)
+    hidden_states, keys = (LAYOUTS[layout](states) for states in (hidden_states, keys))
+    with Operations(size=hidden_states.numel()) as operations:
+        kept, merged = prune_tokens(hidden_states, keys, (9, 11), 20)
+    assert torch.equal(kept, expected[0]) and torch.equal(merged, expected[1])
+    assert operations.scattered == (["clone"] * 2 if layout in ("columns first", "every other column") else [])
 
 
 @pytest.mark.parametrize("token_batch", [1, 16])
