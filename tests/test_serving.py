@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import itertools
+import json
+import logging
 import os
 import re
 import shlex
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from training.scenes import ask, draw, make_scene
 from vlmpruner.export import export_model
@@ -183,9 +186,7 @@ def test_requests_do_not_meet(server):
     assert right >= 7 and len(set(alone)) == 8, alone
     ways = [server.ask if number % 2 else server.stream for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(2):
-            together = pool.map(lambda way, question: way(question[0]), ways, asked)
-            assert list(together) == alone
+        assert list(pool.map(lambda way, question: way(question[0]), ways, asked)) == alone
 
 
 def test_the_log_says_what_was_kept(server):
@@ -193,6 +194,59 @@ def test_the_log_says_what_was_kept(server):
     assert server.kept_during(server.ask, [one]) == [(64, 576, 2)]
     assert server.kept_during(server.stream, [two], max_tokens=4) == [(128, 1152, 2)]
     assert server.kept_during(server.ask, [user("What is it?")]) == []
+
+
+@pytest.mark.once
+def test_the_line_is_off_by_default(root, capfd):
+    model, processor = root
+    inputs = processor(text="<image>", images=picture(1), return_tensors="pt").to(model.dtype)
+    handler = logging.StreamHandler(sys.stderr)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.add_handler(handler)
+    try:
+        for level, count in ((logging.WARNING, 0), (logging.INFO, 1)):
+            transformers_logging.set_verbosity(level)
+            model(**inputs)
+            assert capfd.readouterr().err.count("vlm_pruner kept 64 of 576") == count
+    finally:
+        transformers_logging.remove_handler(handler)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def with_ratio(ratio) -> dict:
+    return {"generation_config": json.dumps({"pruning_ratio": ratio, "max_new_tokens": 4})}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [(0, []), (0.667, [(192, 576, 2)]), (0.944, [(32, 576, 2)]), (None, [(64, 576, 2)])]
+)
+def test_a_ratio_for_one_request(server, ratio, kept):
+    """The next one has the config's again."""
+    asked = [user("What is it?", picture(1))]
+    assert server.kept_during(server.ask, asked, extra_body=with_ratio(ratio)) == kept
+    assert server.kept_during(server.stream, asked, extra_body=with_ratio(ratio)) == kept
+    assert server.kept_during(server.ask, asked, max_tokens=4) == [(64, 576, 2)]
+
+
+def test_ratios_do_not_meet(server):
+    ratios = [0, 0.667, 0.944, None] * 2
+    ways = [server.ask if number % 2 else server.stream for number in range(len(ratios))]
+
+    def ask_all_at_once():
+        asked = [user("What is it?", picture(1))]
+        with ThreadPoolExecutor(len(ratios)) as pool:
+            list(pool.map(lambda way, ratio: way(asked, extra_body=with_ratio(ratio)), ways, ratios))
+
+    assert sorted(server.kept_during(ask_all_at_once)) == [(32, 576, 2)] * 2 + [(64, 576, 2)] * 2 + [(192, 576, 2)] * 2
+
+
+@pytest.mark.parametrize("ratio", [1, -0.1, "0.5", True])
+def test_a_bad_ratio_is_refused_by_name(server, ratio):
+    asked = [user("What is it?", picture(1))]
+    with pytest.raises(openai.APIError) as error:
+        server.stream(asked, extra_body=with_ratio(ratio))
+    assert re.fullmatch(rf"pruning_ratio must be a number in \[0, 1\), .* got {ratio!r}\.", error.value.body)
+    assert server.kept_during(server.ask, asked, max_tokens=4) == [(64, 576, 2)]
 
 
 def picture_at(url: str) -> dict:
@@ -207,8 +261,9 @@ def picture_at(url: str) -> dict:
         (picture_at("absent.png"), {}, "Incorrect image source"),
         (user("What is it?"), {"generation_config": "no JSON"}, "JSONDecodeError"),
         (user("What is it?", picture(1)), {"generation_config": '{"prefill_chunk_size": 100}'}, "cuts images into pieces"),
+        (user("What is it?", picture(1)), {"generation_config": '{"pruning_ratio": 1}'}, "pruning_ratio must be a number in"),
     ],
-    ids=["broken picture", "no picture", "bad options", "refused by the model"],
+    ids=["broken picture", "no picture", "bad options", "refused by the model", "a bad ratio"],
 )
 def test_an_error_is_logged_and_the_server_lives_on(server, message, options, reason):
     before = len(server.log)
