@@ -30,6 +30,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3VLConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .token_pruning import SELECTORS, PruningParameters
 
@@ -281,6 +282,14 @@ CONFIG_OF_BASE_MODEL = {
         VLMPrunerQwen3VLConfig,
     )
 }
+
+# Where `transformers serve` looks up, before it reads a modeling file, how a model is loaded, and later that it takes images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
+    {
+        config.model_type: config.auto_map_targets["AutoModelForMultimodalLM"].rpartition(".")[-1]
+        for config in CONFIG_OF_BASE_MODEL.values()
+    }
+)
 
 __all__ = [
     "VLMPrunerLlavaConfig",

@@ -29,7 +29,8 @@ from .pruned_decoder import (
 
 
 STOCK_MASK = "stock_attention"
-logger = logging.get_logger(__name__)
+# A child of the library's logger: its verbosity holds here too, and so does `--log-level` of its server.
+logger = logging.get_logger("transformers.vlmpruner")
 
 LOSS_ELSEWHERE = (
     "Tokens were pruned in a training step that gave the model no labels. Outputs of dropped tokens come from a zero state, so "
@@ -219,6 +220,9 @@ class PrunedModelMixin:
             logger.warning_once(LOSS_ELSEWHERE)
         if has_visuals:
             self.note_positions(cache_of(outputs), position_ids, attention_mask)
+            if plan.record is not None:
+                kept, visual = plan.record.num_kept, plan.record.num_visual
+                logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
         fields = {field.name for field in dataclass_fields(outputs)}
         for visual in visuals:
             if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
