@@ -185,6 +185,7 @@ def test_shards_and_index(base, tmp_path, lines):
 def test_files_of_the_repo(exported):
     code = {path.name for path in exported.glob("*.py")}
     assert {path.name for path in exported.iterdir()} - code == {
+        ".vlmpruner_export.json",
         "README.md",
         "chat_template.jinja",
         "config.json",
@@ -317,7 +318,7 @@ def test_dry_run_prints_the_files_and_writes_nothing(command, tmp_path):
     assert status == 0
     assert list(tmp_path.iterdir()) == []
     repo = quietly(LLAVA, tmp_path / "out")
-    for path in repo.iterdir():
+    for path in set(repo.iterdir()) - {repo / export.MANIFEST}:
         assert re.search(rf"^  {re.escape(path.name)} +{re.escape(export.readable(path.stat().st_size))}$", output, re.M), path
 
 
@@ -345,7 +346,7 @@ def leave_folder(base):
 DAMAGES = {
     "unknown family": (
         lambda base: edit_json(base / "config.json", model_type="blip"),
-        r"base is a model of type 'blip'. Supported are llava",
+        r"base is a model of type 'blip' by its config\.json. Supported are llava",
     ),
     "no config": (lambda base: (base / "config.json").unlink(), r"base has no config\.json"),
     "authors' layout": (
@@ -354,9 +355,9 @@ DAMAGES = {
     ),
     "no safetensors": (lambda base: (base / SHARD).unlink(), r"base has no safetensors weights"),
     "missing shard": (drop_shard, r"names 2 shards, but model-00002-of-00002\.safetensors is missing"),
-    "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is not in its folder"),
-    "damaged shard": (damage_shard, r"The weights of base do not load: "),
-    "missing weight": (drop_weight, r"The weights of base do not load: base lacks 1 of the weights"),
+    "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is no safetensors file in its"),
+    "damaged shard": (damage_shard, r"model\.safetensors of base is no whole safetensors file: "),
+    "missing weight": (drop_weight, r"config\.json and weights of base do not load: base lacks 1 of the weights"),
 }
 
 
@@ -384,6 +385,138 @@ def test_refuses_bad_parameters(arguments, message, tmp_path, command):
     assert status == 2
     assert re.fullmatch(rf"export\.py: error: .*{message}.*\n", error), error
     assert list(tmp_path.iterdir()) == []
+
+
+def write_json(name, **changes):
+    """Changes a JSON file of a base; a dotted key reaches into an object of it."""
+
+    def spoil(base):
+        content = json.loads((base / name).read_text())
+        for key, value in changes.items():
+            target = content
+            *outer, last = key.split(".")
+            for each in outer:
+                target = target[each]
+            target[last] = value
+        (base / name).write_text(json.dumps(content))
+
+    return spoil
+
+
+def write_text(name, text):
+    return lambda base: (base / name).write_text(text)
+
+
+def write_index(weight_map):
+    def spoil(base):
+        split_in_two(base)
+        edit_json(base / INDEX, weight_map=weight_map)
+
+    return spoil
+
+
+def index_of_quantized(base):
+    """Nobody opens the model of a quantized base, so its index is compared with the headers."""
+    split_in_two(base)
+    edit_json(base / "config.json", quantization_config={"quant_method": "awq"})
+    content = json.loads((base / INDEX).read_text())
+    content["weight_map"]["other.weight"] = "model-00001-of-00002.safetensors"
+    (base / INDEX).write_text(json.dumps(content))
+
+
+def quantized_without_weights(base):
+    edit_json(base / "config.json", quantization_config={"quant_method": "awq"})
+    (base / SHARD).write_bytes(b"no safetensors")
+
+
+# What is wrong -> (how to make it so, the file that the error must name)
+MALFORMED = {
+    "config is a list": (write_text("config.json", "[]"), "config.json"),
+    "config is cut off": (write_text("config.json", '{"model_type": "lla'), "config.json"),
+    "config is not text": (lambda base: (base / "config.json").write_bytes(b"\xff\xfe{"), "config.json"),
+    "nested too deeply": (write_text("config.json", '{"a":' * 100_000), "config.json"),
+    "model type is a list": (write_json("config.json", model_type=["llava"]), "config.json"),
+    "text config is a number": (write_json("config.json", text_config=5), "config.json"),
+    "hidden size is text": (write_json("config.json", **{"text_config.hidden_size": "64"}), "config.json"),
+    "hidden size is negative": (write_json("config.json", **{"text_config.hidden_size": -64}), "config.json"),
+    "no such dtype": (write_json("config.json", torch_dtype="float99"), "config.json"),
+    "no dtype": (write_json("config.json", **{"text_config.dtype": "nn"}), "config.json"),
+    "layers without end": (write_json("config.json", **{"text_config.num_hidden_layers": 10**12}), "config.json"),
+    "vision layers without end": (write_json("config.json", **{"vision_config.num_hidden_layers": 10**9}), "config.json"),
+    "quantization is text": (write_json("config.json", quantization_config="awq"), "config.json"),
+    "index is a list": (write_text(INDEX, "[]"), INDEX),
+    "index without shards": (write_text(INDEX, '{"weight_map": {}}'), INDEX),
+    "index without map": (write_text(INDEX, "{}"), INDEX),
+    "map is a list": (write_index(["model.safetensors"]), INDEX),
+    "shard is a number": (write_index({"lm_head.weight": 1}), INDEX),
+    "shard is code": (write_index({"lm_head.weight": "configuration_vlmpruner.py"}), INDEX),
+    "shard is the config": (write_index({"lm_head.weight": "config.json"}), INDEX),
+    "shard is hidden": (write_index({"lm_head.weight": "..safetensors"}), INDEX),
+    "index of a quantized base": (index_of_quantized, INDEX),
+    "weights of a quantized base": (quantized_without_weights, SHARD),
+    "tokenizer is a list": (write_text("tokenizer.json", "[]"), "tokenizer.json"),
+    "tokenizer without a model": (write_json("tokenizer.json", model=7), "tokenizer.json"),
+    "tokenizer config": (write_json("tokenizer_config.json", added_tokens_decoder=[1]), "tokenizer_config.json"),
+    "processor is a number": (write_text("processor_config.json", "5"), "processor_config.json"),
+    "image processor": (write_json("preprocessor_config.json", image_processor_type=5), "preprocessor_config.json"),
+    "generation config": (write_text("generation_config.json", "[]"), "generation_config.json"),
+    "generation option": (write_json("generation_config.json", cache_implementation=7), "generation_config.json"),
+    "card": (write_text("README.md", "---\nlicense: [\n---\n"), "README.md"),
+    "card is a list": (write_text("README.md", "---\n- license\n---\n"), "README.md"),
+    "license is a number": (write_text("README.md", "---\nlicense: 5\n---\n"), "README.md"),
+    "chat template": (lambda base: (base / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_files_are_named_in_one_line(kind, base, tmp_path, command):
+    spoil, name = MALFORMED[kind]
+    spoil(base)
+    status, _, error = command(base, "--output", tmp_path / "out")
+    assert status == 2
+    assert re.fullmatch(rf"export\.py: error: .*{re.escape(name)}.*\n", error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", [SHARD, "generation_config.json", "chat_template.jinja", "tokenizer.json"])
+def test_links_out_of_the_base_are_not_followed(name, base, tmp_path):
+    """The file would be part of the repo, and would be uploaded."""
+    private = tmp_path / "private"
+    shutil.copyfile(LLAVA / name if (LLAVA / name).is_file() else LLAVA / "config.json", private)
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(private)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} of base is a link to {re.escape(str(private))}"):
+        quietly(base, tmp_path / "out")
+    private.rename(base / "inside")
+    (base / name).unlink()
+    (base / name).symlink_to("inside")
+    if name in (SHARD, "tokenizer.json"):
+        assert not (quietly(base, tmp_path / "out") / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config"])
+def test_code_of_the_base_is_never_run(name, base, tmp_path):
+    marker = tmp_path / "ran"
+    evil = f"open({str(marker)!r}, 'w')\n"
+    for module in ("evil", "configuration_vlmpruner", "modeling_vlmpruner_llava", "processing", "token_pruning"):
+        (base / f"{module}.py").write_text(evil)
+    autos = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer", "ImageProcessor", "VideoProcessor")
+    references = {f"Auto{auto}": "evil.Evil" for auto in autos} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit_json(base / f"{name}.json", auto_map=references)
+    if name == "config":
+        edit_json(base / "config.json", attn_implementation="evil/kernel")
+    repo = quietly(base, tmp_path / "out")
+    assert not marker.exists()
+    for path in repo.glob("*.py"):
+        assert path.read_bytes() == (export.ROOT / path.name).read_bytes()
+    for path in {*repo.glob("*.json")} - {repo / "generation_config.json"}:
+        assert "evil" not in path.read_text(), path
+
+
+def test_shards_do_not_overwrite_what_is_staged(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.Base, "shard_names", lambda self: ["config.json"])
+    with pytest.raises(ValueError, match=r"shard config\.json of base has the name of another file"):
+        quietly(base, tmp_path / "out")
 
 
 def test_refuses_keys_that_do_not_exist(tmp_path):
