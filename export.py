@@ -510,12 +510,14 @@ def write_small_files(folder: Path, checkpoint: Base, config, name: str) -> None
     config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
     write_processor(folder, checkpoint, config)
-    for path in folder.glob("*_config.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(with_own_code(content, getattr(config, "auto_map", {})), indent=2) + "\n", encoding="utf-8")
     for optional in (GENERATION_CONFIG, INDEX):
         if (checkpoint.folder / optional).is_file():
             shutil.copyfile(checkpoint.folder / optional, folder / optional)
+    for path in folder.glob("*config.json"):
+        content = with_own_code(json.loads(path.read_text(encoding="utf-8")), getattr(config, "auto_map", {}))
+        if not is_pruned(config):  # a generation config may have such a key
+            content = {key: value for key, value in content.items() if not key.startswith("pruning_")}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(checkpoint, config, name), encoding="utf-8")
 
 
