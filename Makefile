@@ -54,9 +54,13 @@ clean: ## remove environments, caches and results
 	rm -rf .venv .venv-5.* .pytest_cache .ruff_cache build demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# An environment knows the folder that it was made in: in a copied or moved clone it would import the code there, and is made anew.
+IS_OURS := import os, sys, vlmpruner; sys.exit(os.path.realpath(list(vlmpruner.__path__)[0]) != os.getcwd())
+$(foreach stamp,$(wildcard .venv/.installed .venv-5.*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
+
 define install
 	@echo "Installing into $(@D) (once, about a minute)"
-	@$(PYTHON) -m venv $(@D)
+	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) -e ".[test]" $(1)
 	@touch $@
 endef

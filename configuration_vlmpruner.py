@@ -18,7 +18,10 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
     raise ImportError(f'This code needs {needed}, but {transformers.__version__} is installed. Run pip install "{needed}".')
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -30,10 +33,14 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3VLConfig,
 )
+from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils import HF_MODULES_CACHE, logging
 
 from .token_pruning import SELECTORS, PruningParameters
 
+
+logger = logging.get_logger(__name__)
 
 PRUNING_METHODS = (*SELECTORS, "none")
 VIDEO_SCOPES = ("slice", "video")
@@ -123,6 +130,31 @@ class PruningConfig:
             )
         return config_dict | {"model_type": cls.model_type}, kwargs
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """See `PreTrainedConfig.save_pretrained`, which copies the code of this class alone. Here the code of all classes that
+        `auto_map` names comes along, so that `AutoModel.from_config` finds it."""
+        super().save_pretrained(save_directory)
+        for reference in self.auto_map_targets.values():
+            self._copy_code(reference.split(".")[0], Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def _copy_code(self, module: str, folder: Path):
+        """Copy a module and what it imports: from beside this file, or, where the library has loaded the code of the config
+        alone, from the repo that it came from."""
+        source = Path(__file__).parent
+        if not (source / f"{module}.py").is_file():
+            try:
+                revision = getattr(self, "_commit_hash", None)
+                cached = get_cached_module_file(self.name_or_path, f"{module}.py", revision=revision)
+            except OSError as error:
+                logger.warning(f"{folder} lacks {module}.py, which was not found in {self.name_or_path}: {error}")
+                return
+            source = Path(HF_MODULES_CACHE, cached).parent
+        for path in code_files({"": module}, source):
+            if not (folder / path.name).exists() or not path.samefile(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
+
     def validate_pruning(self):
         """Check every `pruning_*` value. Also run by the library when the config is saved.
 
@@ -196,6 +228,13 @@ def check_ratio(ratio) -> None:
     is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
     if not is_number or not math.isfinite(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"pruning_ratio must be a number in [0, 1), the fraction of visual tokens to remove, got {ratio!r}.")
+
+
+def code_files(auto_map: dict[str, str], folder: Path) -> list[Path]:
+    """The Python files in `folder` that the classes of `auto_map` need: their modules, and what those import."""
+    modules = {folder / f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+    imported = {Path(path) for module in modules for path in get_relative_import_files(module)}
+    return sorted(modules | imported)
 
 
 def auto_map(family: str, modeling_file: str) -> dict[str, str]:

@@ -1,41 +1,94 @@
 """Make a pruned model repo out of a base checkpoint: `python export.py BASE --ratio 0.889 --output DIR`.
+And back: `python export.py PRUNED --to-base --output DIR`.
 
 The repo holds the base's weights untouched (hard links where the file system allows, so they take no space), its config with
 the `pruning_*` keys and an `auto_map` to our code, the Python files that this code needs, processor, tokenizer,
 generation config and a model card. It is written next to DIR and renamed at the end, so DIR is a whole repo or not there.
 
 Notable choices:
-- The base's code is never run. Our own is loaded the way a user of the repo loads it, by transformers' loader of custom code.
+- The base's code is never run, and no file is read that lies outside of the base's folder and the Hub's cache. Our own code is
+  loaded the way a user of the repo loads it, by transformers' loader of custom code.
 - Tokenizer and processor are written anew, not copied: which tokenizer class the library takes depends on the `model_type`,
   which changes here, so the files name the class that the base was loaded with.
 - An export can be exported again: keys that are not given keep the values that they have there.
+- `--force` deletes nothing but what an export wrote: each lists its files, with size and time, in `.vlmpruner_export.json`.
 """
 
-import argparse
-import json
+# ruff: noqa: E402 - an interruption is one line from here on, also during the imports, which take seconds
+
 import os
-import shutil
 import signal
 import sys
+
+
+def stop_imports(*_) -> None:
+    print("export.py: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # nothing is written yet, and an exception would be caught and wrapped by some of what is imported
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop_imports)
+
+import argparse
+import ctypes
+import errno
+import json
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
+import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+import yaml
+from huggingface_hub import (
+    ModelCardData,
+    constants,
+    create_repo,
+    metadata_load,
+    snapshot_download,
+    upload_folder,
+)
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 ROOT = Path(__file__).resolve().parent
 CONFIG, INDEX, SINGLE_SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
 CHAT_TEMPLATES = "additional_chat_templates"
+MANIFEST = ".vlmpruner_export.json"
+REPLACED = "replaced"
+LICENSE_KEYS = ("license", "license_name", "license_link")
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+]
+IMAGE_FILES = ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"]
+TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
+MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
 
 
 def own(name: str):
@@ -65,37 +118,116 @@ class Base:
     def open(cls, base: str, revision: str | None = None) -> "Base":
         folder = Path(base).expanduser()
         if folder.is_dir():
-            return cls(folder.resolve().name, folder.resolve(), None)
+            checkpoint = cls(folder.resolve().name, folder.resolve(), None)
+        else:
+            try:
+                validate_repo_id(base)
+            except HFValidationError:
+                raise ValueError(f"{base} is neither a folder nor the id of a model on the Hub.") from None
+            checkpoint = cls(base, Path(snapshot_download(base, revision=revision, allow_patterns=SMALL_FILES)).resolve(), base)
+        checkpoint.check_small_files()
+        return checkpoint
+
+    def check_small_files(self) -> None:
+        """Check what the library will read: where links lead, that JSON files hold objects, and that templates are text.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        templates = self.folder / CHAT_TEMPLATES
+        self.target(templates)
+        for path in [*self.folder.iterdir(), *(templates.iterdir() if templates.is_dir() else [])]:
+            if any(fnmatch(path.name, pattern) for pattern in SMALL_FILES):
+                self.target(path)
+            if path.suffix == ".jinja" and path.is_file():
+                try:
+                    path.read_text(encoding="utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path.name} of {self.name} can not be read as text: {error}.") from None
+        for name in (CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES, *IMAGE_FILES, *TEMPLATE_FILES):
+            if name.endswith(".json") and (self.folder / name).is_file():
+                self.read_json(name)
+
+    def target(self, path: Path) -> Path:
+        """Where `path` in the folder lies when links are followed.
+
+        Raises:
+            ValueError: if that is neither in the folder nor among the files of the Hub's cache.
+        """
         try:
-            validate_repo_id(base)
-        except HFValidationError:
-            raise ValueError(f"{base} is neither a folder nor the id of a model on the Hub.") from None
-        return cls(base, Path(snapshot_download(base, revision=revision, allow_patterns=SMALL_FILES)), base)
+            target = path.resolve()
+        except (OSError, RuntimeError):
+            raise ValueError(f"{path.name} of {self.name} is a link in a circle.") from None
+        blobs = self.folder.parent.parent / "blobs"  # of this repo, if the folder is a snapshot in the Hub's cache
+        in_snapshot = self.folder.parent.name == "snapshots" and target.is_relative_to(blobs)
+        in_cache = target.parent.name == "blobs" and target.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+        if not (target.is_relative_to(self.folder) or in_snapshot or in_cache):
+            raise ValueError(
+                f"{path.name} of {self.name} is a link to {target}, which is neither in its folder nor in the Hub's cache. "
+                "Copy the file there if it belongs to the model."
+            )
+        return target
+
+    def read_json(self, name: str) -> dict:
+        """The JSON object in the file `name`."""
+        try:
+            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} of {self.name} can not be read as JSON: {error}.") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{name} of {self.name} must hold a JSON object, but holds a {type(content).__name__}.")
+        return content
 
     def config(self) -> dict:
-        path = self.folder / CONFIG
-        if not path.is_file():
+        """The content of `config.json`, of which every layer count and dtype was checked."""
+        if (self.folder / "adapter_config.json").is_file() and not (self.folder / CONFIG).is_file():
+            raise ValueError(f"{self.name} is an adapter. Merge it (merge_and_unload of peft), save that model, and export it.")
+        if not (self.folder / CONFIG).is_file():
             raise ValueError(f"{self.name} has no {CONFIG}, so it is no transformers checkpoint.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = self.read_json(CONFIG)
+        if not isinstance(content.get("quantization_config", {}), dict):
+            raise ValueError(f"{CONFIG} of {self.name} must have an object as quantization_config.")
+        for key, value in entries({key: value for key, value in content.items() if key != "quantization_config"}):
+            if re.search("layer|depth", key) and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"{CONFIG} of {self.name} has {key}={value}, but no model has more than {MOST_LAYERS} layers.")
+            if key in ("dtype", "torch_dtype") and value is not None and not is_dtype(value):
+                raise ValueError(f"{CONFIG} of {self.name} has {key}={value!r}, which is no dtype of torch.")
+        return content
 
     def card_data(self) -> dict:
-        """What the front matter of the base's model card states; empty without a card, or with one that can not be read."""
+        """What the front matter of the base's model card states; empty without a card or front matter."""
         path = self.folder / CARD
         if not path.is_file():
             return {}
         try:
-            return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        except ValueError:
-            return {}
+            data = metadata_load(path) or {}
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"The front matter of {CARD} of {self.name} can not be read as YAML: {error}.") from None
+        for key in ("base_model", *LICENSE_KEYS):
+            values = data.get(key, "")
+            if not all(isinstance(value, str) for value in (values if isinstance(values, list) else [values])):
+                raise ValueError(f"The front matter of {CARD} of {self.name} must have text as {key}, got {values!r:.80}.")
+        return data
+
+    def weight_map(self) -> dict[str, str] | None:
+        """Weight -> shard, or None for a checkpoint of one shard, which has no index.
+
+        Raises:
+            ValueError: for an index that is none, or names anything else than safetensors files of its folder.
+        """
+        if not (self.folder / INDEX).is_file():
+            return None
+        weight_map = self.read_json(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{INDEX} of {self.name} has no weight_map from the weights to the shards.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not re.fullmatch(r"\w[^/\\\0]*\.safetensors", name):
+                raise ValueError(f"{INDEX} of {self.name} names the shard {name!r}, which is no *.safetensors of its folder.")
+        return weight_map
 
     def shard_names(self) -> list[str]:
-        if not (self.folder / INDEX).is_file():
-            return [SINGLE_SHARD]
-        names = sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{INDEX} of {self.name} names the shard {name!r}, which is not in its folder.")
-        return names
+        weight_map = self.weight_map()
+        return [SINGLE_SHARD] if weight_map is None else sorted(set(weight_map.values()))
 
     def shard_sizes(self) -> dict[str, int]:
         """Bytes of each shard, without downloading it.
@@ -104,7 +236,7 @@ class Base:
             ValueError: if the checkpoint has no safetensors, or lacks a shard that its index names.
         """
         names = self.shard_names()
-        sizes = {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
+        sizes = {name: self.target(self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
         if self.hub_id is not None and len(sizes) < len(names):
             files = snapshot_download(self.hub_id, revision=self.folder.name, allow_patterns=names, dry_run=True)
             sizes = {file.filename: file.file_size for file in files}
@@ -121,13 +253,27 @@ class Base:
         absent = [name for name in names if not (self.folder / name).is_file()]
         if absent:
             snapshot_download(self.hub_id, revision=self.folder.name, allow_patterns=absent)
-        return {name: (self.folder / name).resolve() for name in names}
+        return {name: self.target(self.folder / name) for name in names}
+
+
+def entries(content) -> Iterator[tuple[str, object]]:
+    """Every key of nested JSON with its value."""
+    for key, value in content.items() if isinstance(content, dict) else ((None, each) for each in content):
+        if isinstance(value, dict | list):
+            yield from entries(value)
+        elif key is not None:
+            yield key, value
+
+
+def is_dtype(name) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
 
 
 def export_model(
     base: str | os.PathLike,
     output: str | os.PathLike,
     *,
+    to_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
     push_to_hub: str | None = None,
@@ -136,12 +282,13 @@ def export_model(
     report: Callable[[str], None] = print,
     **pruning,
 ) -> Path:
-    """Write the pruned model repo of `base` to the folder `output`.
+    """Write the pruned model repo of `base` to the folder `output`, or with `to_base` the base's repo of a pruned one.
 
     Args:
-        base: a folder, or the id of a model on the Hub. May be an export itself.
+        base: a folder, or the id of a model on the Hub. May be an export itself, or what `save_pretrained` wrote of one.
         output: the folder to make. May exist if it is empty.
-        force: replace `output` if it is an earlier export.
+        to_base: write the repo that the stock classes open: the same weights, processor and tokenizer, without pruning.
+        force: replace `output` if it is an earlier export and holds nothing else, nor a file that was changed since.
         dry_run: report what would be written, and write nothing.
         push_to_hub: id of the model repo to upload `output` to; made where there is none.
         private: whether a repo made there is private.
@@ -161,8 +308,10 @@ def export_model(
     report(f"reading {base}")
     checkpoint = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
-    check_output(output, checkpoint.folder, force)
-    config = pruned_config(checkpoint, pruning)
+    if not dry_run:
+        recover(output, report)
+    found = check_output(output, checkpoint.folder, force)
+    config = stock_config(checkpoint, pruning) if to_base else pruned_config(checkpoint, pruning)
     sizes = checkpoint.shard_sizes()
     name = push_to_hub or output.name
     if dry_run:
@@ -170,142 +319,426 @@ def export_model(
             write_small_files(Path(folder), checkpoint, config, name)
             report_plan(output, sizes | file_sizes(Path(folder)), report)
         return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
+    with workspace(output) as beside:
         # Its own name within the temporary folder: the library names the module of custom code after it.
-        staged = Path(beside) / output.name
+        staged = beside / output.name
         staged.mkdir()
         write_small_files(staged, checkpoint, config, name)
         place_shards(staged, checkpoint, sizes, report)
-        check_loads(staged, checkpoint.name)
-        move_into_place(staged, output, Path(beside) / "replaced")
-    report(f"wrote {output}: {describe_pruning(config)}")
+        check_shards(staged, checkpoint)
+        check_loads(staged, checkpoint.name, config)
+        written = write_manifest(staged)
+        move_into_place(staged, output, found)
+    report(f"wrote {output}: {'the base model, without pruning' if to_base else describe_pruning(config)}")
     if push_to_hub:
-        upload(output, push_to_hub, private, report)
+        upload(output, written, push_to_hub, private, report)
     return output
 
 
-def pruned_config(checkpoint: Base, pruning: dict):
-    """The checkpoint's config in our class, with the keys of `pruning`."""
+def config_class_of(checkpoint: Base) -> type:
+    """Our config class for the checkpoint, which may be a base or pruned.
+
+    Raises:
+        ValueError: for a model that can not be pruned, or a `config.json` that its class does not read.
+    """
     content = checkpoint.config()
     by_base_type = config_classes()
     by_type = by_base_type | {config_class.model_type: config_class for config_class in by_base_type.values()}
     model_type = content.get("model_type")
-    if model_type not in by_type:
-        raise ValueError(f"{checkpoint.name} is a model of type {model_type!r}. Supported are {', '.join(by_base_type)}.")
+    if not isinstance(model_type, str) or model_type not in by_type:
+        raise ValueError(
+            f"{checkpoint.name} is a model of type {model_type!r} by its {CONFIG}. Supported are {', '.join(by_base_type)}."
+        )
     if "vision_config" not in content:
         raise ValueError(
             f"{checkpoint.name} is not in transformers' layout: its {CONFIG} has no vision_config. Take a checkpoint made for "
             "transformers (their names often end in -hf)."
         )
+    read_stock_config(checkpoint, by_type[model_type])
+    return by_type[model_type]
+
+
+def stock_class(our_class: type) -> type:
+    """The class of transformers that one of ours extends."""
+    return next(each for each in our_class.__mro__ if each.__module__.startswith("transformers."))
+
+
+def read_stock_config(checkpoint: Base, config_class: type):
+    """The checkpoint's config in the base's class, without our keys."""
+    content = {key: value for key, value in checkpoint.config().items() if key != "auto_map" and not key.startswith("pruning_")}
+    try:
+        return stock_class(config_class).from_dict(deepcopy(content) | {"model_type": config_class.base_model_type})
+    except Exception as error:  # of any type: these are values of a file that anyone wrote
+        base_type = config_class.base_model_type
+        raise ValueError(f"{CONFIG} of {checkpoint.name} is no config of a {base_type} model: {describe(error)}") from error
+
+
+def pruned_config(checkpoint: Base, pruning: dict):
+    """The checkpoint's config in our class, with the keys of `pruning`."""
+    config_class = config_class_of(checkpoint)
     known = [field.name for field in pruning_fields()]
     if unknown := sorted(set(pruning) - set(known)):
         raise ValueError(f"Unknown pruning key {', '.join(unknown)}. Known are {', '.join(known)}.")
     try:
-        config = by_type[model_type].from_pretrained(checkpoint.folder, **pruning)
+        config = config_class.from_pretrained(checkpoint.folder, **pruning)
         config.validate_pruning()
     except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
+        raise ValueError(describe(error)) from None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{CONFIG} of {checkpoint.name} can not be read: {describe(error)}") from error
     config.architectures = [config.auto_map["AutoModelForImageTextToText"].split(".")[1]]
     return config
 
 
-def check_output(output: Path, base: Path, force: bool) -> None:
-    """Raise a ValueError unless `output` may be written: new, empty, or with `force` an earlier export."""
+def stock_config(checkpoint: Base, pruning: dict):
+    """The config of the base model that a pruned checkpoint was made of."""
+    config_class = config_class_of(checkpoint)
+    if checkpoint.config()["model_type"] == config_class.base_model_type:
+        raise ValueError(f"{checkpoint.name} is a base model already: its type is {config_class.base_model_type!r}.")
+    if pruning:
+        raise ValueError(f"A base model has no pruning keys, but got {', '.join(sorted(pruning))} for it.")
+    config = read_stock_config(checkpoint, config_class)
+    config.architectures = [stock_class(own(config_class.auto_map_targets["AutoModelForImageTextToText"])).__name__]
+    return config
+
+
+def is_pruned(config) -> bool:
+    """Whether a config is one of ours, and not of a base model."""
+    return hasattr(config, "pruning_ratio")
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, for an exception of the library."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return str(cause) if isinstance(cause, ValueError | OSError) else f"{type(cause).__name__}: {cause}"
+
+
+def check_output(output: Path, base: Path, force: bool) -> tuple[int, int] | None:
+    """Raise a ValueError unless `output` may be written: new, empty, or with `force` an earlier export.
+
+    Returns:
+        The `identity` of the export that is to be replaced, None without one.
+    """
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} is a file.")
     for name, folder in {"base": base, "code that exports": ROOT}.items():
         if folder.is_relative_to(output):
             raise ValueError(f"The output {output} would overwrite the {name} in {folder}.")
     if not output.exists() or not any(output.iterdir()):
-        return
+        return None
     if not force:
         raise ValueError(f"The output folder {output} is not empty. Use --force to replace an earlier export.")
-    if not is_export(output):
+    found = identity(output)
+    check_replaceable(output, output)
+    return found
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """Tells a folder from another one that takes its name."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def check_replaceable(folder: Path, output: Path) -> None:
+    """Raise a ValueError, which calls it `output`, unless `folder` holds what an export wrote, unchanged, and nothing else."""
+    written = files_of_export(folder)
+    if written is None:
         raise ValueError(f"The output folder {output} holds something else than an export; --force replaces only exports.")
+    kept = []
+    for place, folders, files in os.walk(folder):
+        names = [str(Path(place, each).relative_to(folder)) for each in files]
+        kept += [name for name in names if not is_unchanged(folder / name, written.get(name, 0))]
+        names = [str(Path(place, each).relative_to(folder)) for each in folders]
+        kept += [name for name in names if name != CHAT_TEMPLATES or (folder / name).is_symlink()]
+    if kept:
+        first = ", ".join(sorted(kept)[:5]) + (", ..." if len(kept) > 5 else "")
+        raise ValueError(
+            f"The output folder {output} holds something else than an export wrote there, or it was changed since: {first}. "
+            "--force would delete it; move it away, or choose another folder."
+        )
 
 
-def is_export(folder: Path) -> bool:
-    """Whether `folder` holds nothing that an export would not have: our config, and no folders of its own."""
-    if not (folder / CONFIG).is_file() or any(path.is_dir() and path.name != CHAT_TEMPLATES for path in folder.iterdir()):
-        return False
+def files_of_export(folder: Path) -> dict[str, list[int] | None] | None:
+    """What an export wrote to `folder`: name -> size and time, None where that is not known. None if it was no export.
+
+    Exports had no manifest once. They are known by our config and our card, and their files by name.
+    """
     try:
-        model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-    except ValueError:
-        return False
-    return model_type in {config_class.model_type for config_class in config_classes().values()}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["files"] | {MANIFEST: None}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    try:
+        checkpoint = Base(folder.name, folder, None)
+        content, tags = checkpoint.config(), checkpoint.card_data().get("tags", ())
+        if "vlm-pruner" not in tags or content["model_type"] not in {each.model_type for each in config_classes().values()}:
+            return None
+        code = [path.name for path in own("configuration_vlmpruner.code_files")(content["auto_map"], folder)]
+        names = [CONFIG, GENERATION_CONFIG, CARD, INDEX, *TOKENIZER_FILES, *IMAGE_FILES, *TEMPLATE_FILES, *code]
+        templates = [f"{CHAT_TEMPLATES}/{path.name}" for path in (folder / CHAT_TEMPLATES).glob("*.jinja")]
+        return dict.fromkeys([*names, *templates, *checkpoint.shard_names()])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def is_unchanged(path: Path, written: list[int] | int | None) -> bool:
+    """Whether `path` is what an export wrote: `written` as in `files_of_export`, 0 for a file that it did not write."""
+    return path.is_file() and not path.is_symlink() and written != 0 and (written is None or fingerprint(path) == written)
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def write_manifest(folder: Path) -> list[str]:
+    """List the files of `folder` in it, so that a later export knows what it may replace.
+
+    Returns:
+        The names.
+    """
+    files = {name: fingerprint(folder / name) for name in sorted(file_sizes(folder))}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    return list(files)
 
 
 def write_small_files(folder: Path, checkpoint: Base, config, name: str) -> None:
     """Everything but the shards."""
+    config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
-    processor = own(config.auto_map["AutoProcessor"]).from_pretrained(checkpoint.folder, trust_remote_code=False)
-    for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
-        processor.tokenizer.init_kwargs.pop(key, None)
-    processor.save_pretrained(folder)
-    for path in code_files(config.auto_map):
-        shutil.copyfile(path, folder / path.name)
+    write_processor(folder, checkpoint, config)
     for optional in (GENERATION_CONFIG, INDEX):
         if (checkpoint.folder / optional).is_file():
             shutil.copyfile(checkpoint.folder / optional, folder / optional)
+    for path in folder.glob("*config.json"):
+        content = with_own_code(json.loads(path.read_text(encoding="utf-8")), getattr(config, "auto_map", {}))
+        if not is_pruned(config):  # a generation config may have such a key
+            content = {key: value for key, value in content.items() if not key.startswith("pruning_")}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(checkpoint, config, name), encoding="utf-8")
 
 
-def code_files(auto_map: dict[str, str]) -> list[Path]:
-    """Our Python files that the classes of `auto_map` need."""
-    modules = {ROOT / f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
-    imported = {Path(path) for module in modules for path in get_relative_import_files(module)}
-    return sorted(modules | imported)
+def with_own_code(content, auto_map: dict[str, str]):
+    """Nested JSON of a config without the code that it names, which the library saves as it came, save that of `auto_map`."""
+    if isinstance(content, list):
+        return [with_own_code(each, auto_map) for each in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {key: with_own_code(value, auto_map) for key, value in content.items() if key != "auto_map"}
+    named = content.get("auto_map")
+    ours = {auto: name for auto, name in named.items() if auto_map.get(auto) == name} if isinstance(named, dict) else {}
+    return kept | ({"auto_map": ours} if ours else {})
+
+
+def write_processor(folder: Path, checkpoint: Base, config) -> None:
+    """Processor and tokenizer, of our class for one of our configs, else of the stock class.
+
+    Raises:
+        ValueError: naming the files that can not be read.
+    """
+    if is_pruned(config):
+        processor_class = own(config.auto_map["AutoProcessor"])
+    else:
+        processor_class = stock_class(own(config_classes()[config.model_type].auto_map_targets["AutoProcessor"]))
+    try:
+        processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
+            processor.tokenizer.init_kwargs.pop(key, None)
+        processor.save_pretrained(folder)
+        processor_class.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any type: these are values of files that anyone wrote
+        names = ", ".join(unreadable_files(checkpoint)) or "The (absent) processor files"
+        raise ValueError(f"{names} of {checkpoint.name} can not be read: {describe(error)}") from error
+
+
+def unreadable_files(checkpoint: Base) -> list[str]:
+    """The files of that part of the processor that does not load; all of its files if each part loads alone."""
+    parts = {AutoTokenizer: TOKENIZER_FILES, AutoImageProcessor: IMAGE_FILES}
+    names = []
+    for auto, files in parts.items():
+        try:
+            auto.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        except Exception:
+            names += files
+    return [name for name in names or [*TOKENIZER_FILES, *IMAGE_FILES, *TEMPLATE_FILES] if (checkpoint.folder / name).is_file()]
 
 
 def place_shards(folder: Path, checkpoint: Base, sizes: dict[str, int], report: Callable[[str], None]) -> None:
-    """Hard-link the shards into `folder`, or copy them where that is not possible."""
+    """Hard-link the shards into `folder`, or copy them where that is not possible. Nothing in it is overwritten."""
     paths = checkpoint.fetch_shards()
     for number, (name, path) in enumerate(paths.items(), start=1):
         progress = f"[{number}/{len(paths)}] {name}, {readable(sizes[name])}"
         try:
             os.link(path, folder / name)
+        except FileExistsError:
+            raise ValueError(f"The shard {name} of {checkpoint.name} has the name of another file of the export.") from None
         except OSError:
             report(f"{progress}: copying")
-            shutil.copyfile(path, folder / name)
+            with open(path, "rb") as source, open(folder / name, "xb") as target:
+                shutil.copyfileobj(source, target, 1 << 24)
         else:
             report(f"{progress}: linked")
 
 
-def check_loads(folder: Path, name: str) -> None:
+def check_shards(folder: Path, checkpoint: Base) -> None:
+    """Read the header of each shard, also of a quantized model, which `check_loads` does not open.
+
+    Raises:
+        ValueError: for a file that is not safetensors, or lacks a weight that the index places there.
+    """
+    weight_map = checkpoint.weight_map() or {}
+    for name in checkpoint.shard_names():
+        try:
+            with safe_open(folder / name, framework="pt") as shard:
+                found = set(shard.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{name} of {checkpoint.name} is no whole safetensors file: {error}.") from error
+        if absent := sorted(weight for weight, place in weight_map.items() if place == name and weight not in found):
+            raise ValueError(f"{INDEX} of {checkpoint.name} places {absent[0]} in {name}, which does not hold it.")
+
+
+def check_loads(folder: Path, name: str, config) -> None:
     """Open the repo as a user will, with the model on the meta device, so that only the headers of the shards are read.
 
     Raises:
-        ValueError: if a weight is missing or of another shape, or a shard can not be read.
+        ValueError: if a weight is missing or of another shape, or a file does not load.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    if hasattr(config, "quantization_config"):  # opens only with its own package, and some only on a GPU
+    trust = {"trust_remote_code": is_pruned(config)}
+    files = GENERATION_CONFIG
+    try:
+        if (folder / GENERATION_CONFIG).is_file():
+            GenerationConfig.from_pretrained(folder)
+        files = CONFIG
+        AutoConfig.from_pretrained(folder, **trust)
+        files = f"{CONFIG} and processor files"
+        AutoProcessor.from_pretrained(folder, **trust)
+        if getattr(config, "quantization_config", None):  # opens only with its own package, and some only on a GPU
+            return
+        files = f"{CONFIG} and weights"
+        _, info = AutoModelForImageTextToText.from_pretrained(folder, device_map="meta", output_loading_info=True, **trust)
+    except Exception as error:  # of any type: these are values of files that anyone wrote
+        raise ValueError(f"{files} of {name} do not load: {describe(error).replace(str(folder), name)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{files} of {name} do not load: {len(missing)} weights are missing, the first is {missing[0]}.")
+
+
+@contextmanager
+def workspace(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that is removed at the end; made with those above it, of which empty ones are removed again.
+
+    It stays if `output` is gone, because the export that was there may be in it (`recover`).
+    """
+    made = [each for each in output.parents if not each.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        yield beside
+    finally:
+        if output.exists() or not (beside / REPLACED).exists():
+            shutil.rmtree(beside)
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def move_into_place(staged: Path, output: Path, found: tuple[int, int] | None) -> None:
+    """Give `staged` the name `output`, and what was there the name REPLACED beside `staged`.
+
+    Args:
+        found: the `identity` of the export at `output` that is to be replaced, None if nothing was there.
+
+    Raises:
+        ValueError: if what is there is not `found`, or holds anything that no export wrote. It stays then, or comes back.
+    """
+    if found is None:
+        try:
+            staged.rename(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise ValueError(f"Something else has come to {output} during the export; it stays as it is.") from None
         return
+    replaced, new = staged.parent / REPLACED, identity(staged)
+    with locked(output.parent):
+        try:
+            if exchange(staged, output):
+                staged.rename(replaced)
+            else:
+                output.rename(replaced)
+                staged.rename(output)
+            if identity(replaced) != found:
+                raise ValueError(f"Another export to {output} has come first; its result stays.")
+            check_replaceable(replaced, output)
+        except BaseException:
+            put_back(next((each for each in (replaced, staged) if each.exists() and identity(each) != new), None), output)
+            raise
+
+
+def put_back(replaced: Path | None, output: Path) -> None:
+    """Give what was at `output` its name again, if it lost it."""
+    if replaced is None:
+        return
+    if output.exists() and not exchange(replaced, output):
+        output.rename(replaced.with_name("refused"))
+    if not output.exists():
+        replaced.rename(output)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, so that a kill leaves one or the other. False where the system has no such call."""
+    at_cwd, rename_exchange = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
     try:
-        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, device_map="meta")
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights of {name} do not load: {str(error).replace(str(folder), name)}") from error
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not on this file system, or not in this kernel
+        return False
+    raise OSError(number, os.strerror(number), str(second))
 
 
-def move_into_place(staged: Path, output: Path, replaced: Path) -> None:
-    """Rename `staged` to `output`; what was there becomes `replaced`, and comes back if the renaming fails."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other exports from renaming in `folder`, where the system has such locks."""
     try:
-        if output.exists():
-            output.rename(replaced)
-        staged.rename(output)
-    except BaseException:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        raise
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have none
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def upload(folder: Path, repo_id: str, private: bool | None, report: Callable[[str], None]) -> None:
-    """Upload an export to the Hub."""
+def recover(output: Path, report: Callable[[str], None]) -> None:
+    """Put back the export that a killed one had moved away, which can happen where `exchange` is not possible."""
+    for beside in sorted(output.parent.glob(f".{escape(output.name)}-*")):
+        if (beside / REPLACED).is_dir() and not output.exists():
+            (beside / REPLACED).rename(output)
+            report(f"put back {output}, which an export that was killed had left in {beside}")
+        report(f"{beside} belongs to an export that is running, or was left by one that was killed")
+
+
+def upload(folder: Path, names: list[str], repo_id: str, private: bool | None, report: Callable[[str], None]) -> None:
+    """Upload the files `names` of an export to the Hub."""
     report(f"uploading {folder} to {repo_id}")
     try:
         address = create_repo(repo_id, private=private, exist_ok=True)
-        upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload pruned model")
+        upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            allow_patterns=[escape(name) for name in names],
+            commit_message="Upload model",
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} is complete, but uploading it to {repo_id} failed: {error}") from error
     report(f"uploaded {address}")
@@ -315,23 +748,29 @@ def model_card(checkpoint: Base, config, name: str) -> str:
     """The text of the model card of a repo called `name`."""
     base_card = checkpoint.card_data()
     base_model = checkpoint.hub_id
-    if checkpoint.config()["model_type"] == config.model_type:  # an export: its card tells what it was made of
+    if checkpoint.config()["model_type"].startswith("vlmpruner_"):  # an export: its card tells what it was made of
         base_model = base_card.get("base_model")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=base_model,
-        tags=["custom_code", "vlm-pruner"],
-        **{key: base_card[key] for key in ("license", "license_name", "license_link") if key in base_card},
+        tags=["custom_code", "vlm-pruner"] if is_pruned(config) else None,
+        **{key: base_card[key] for key in LICENSE_KEYS if key in base_card},
     )
-    code = own("configuration_vlmpruner.OLDEST_TRANSFORMERS"), own("configuration_vlmpruner.FIRST_UNSUPPORTED_TRANSFORMERS")
-    text = CARD_TEXT.format(
-        title=name.split("/")[-1],
-        base=base_model or checkpoint.name,
-        pruning=describe_pruning(config),
-        transformers=f"transformers>={code[0]},<{code[1]}",
-        name=name,
-    )
+    title, base = name.split("/")[-1], base_model or checkpoint.name
+    if is_pruned(config):
+        code = (own(f"configuration_vlmpruner.{bound}_TRANSFORMERS") for bound in ("OLDEST", "FIRST_UNSUPPORTED"))
+        text = CARD_TEXT.format(
+            title=title,
+            base=base,
+            pruning=describe_pruning(config),
+            transformers="transformers>={},<{}".format(*code),
+            stock_class=stock_class(own(config.auto_map["AutoModelForImageTextToText"])).__name__,
+            model_type=config.model_type,
+            name=name,
+        )
+    else:
+        text = BASE_CARD_TEXT.format(title=title, source=checkpoint.name, stock_class=config.architectures[0])
     return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
@@ -408,6 +847,25 @@ record = model.get_pruning_record(outputs)
 print(f"kept {{record.num_kept}} of {{record.num_visual}} visual tokens")
 processor.draw_kept_tokens(messages[0]["content"][0]["url"], record)[0].save("kept.png")
 ```
+
+## Without pruning
+
+A stock class, named in code, opens this repo unpruned: `{stock_class}.from_pretrained("{name}")` runs none of
+the code here, ignores the `pruning_*` keys, and starts with random weights where the files name them differently, all with a
+warning at most. To check what you have: `type(model)` is a `VLMPruner...` class, and the record of a request with an image, as
+above, is not None. `model.config.model_type` is `"{model_type}"` in both cases. For stock classes and other tools, turn this
+repo back into one of the base model, with the `export.py` of VLM-Pruner:
+
+```bash
+python export.py {name} --to-base --output unpruned
+```
+"""
+
+BASE_CARD_TEXT = """
+# {title}
+
+The weights, processor and tokenizer of {source}, without VLM-Pruner, as `{stock_class}` of transformers opens them. No custom
+code is needed, and nothing is pruned.
 """
 
 
@@ -439,7 +897,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("base", help="folder, or id of a model on the Hub")
     add("--output", required=True, help="folder to make")
-    add("--force", action="store_true", help="replace the output folder if it is an earlier export")
+    add("--to-base", action="store_true", help="make the base's repo, for the stock classes, of a pruned one")
+    add("--force", action="store_true", help="replace the output folder if it is an earlier export and holds nothing else")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
     add("--push-to-hub", metavar="NAME", help="upload the result to this model repo")
     add("--private", action="store_true", default=None, help="make that repo a private one")
@@ -457,10 +916,12 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that it cleans up
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
+        if signal.getsignal(signal.SIGINT) is stop_imports:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that it cleans up
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         export_model(**vars(argument_parser().parse_args()))
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)

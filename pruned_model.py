@@ -331,6 +331,11 @@ class PrunedForConditionalGenerationMixin:
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
+        stock class reads them under our `model_type` too, for which the library renames none."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
         from the model's. There it would be lost, and the argument with it.

@@ -1,6 +1,7 @@
 """Shared fixtures. Every test runs offline, on the CPU, on the tiny checkpoints in `tests/data/`."""
 
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -10,8 +11,19 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import vlmpruner
+
 
 logging.set_verbosity_error()
+
+
+def pytest_configure():
+    tested, imported = Path(__file__).resolve().parents[1], Path(next(iter(vlmpruner.__path__))).resolve()
+    if tested != imported:
+        raise pytest.UsageError(
+            f"These tests are of {tested}, but this Python imports vlmpruner from {imported}, where its environment was made. "
+            "Run `make test`, or `pip install -e .` in this folder."
+        )
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -202,6 +203,31 @@ def test_the_supported_range_is_stated_the_same_everywhere():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     recipe = subprocess.run(make, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     assert f'"transformers=={configuration_vlmpruner.OLDEST_TRANSFORMERS}.*"' in recipe
+
+
+@pytest.mark.once
+def test_a_copied_environment_is_made_anew(tmp_path):
+    """In a copied clone it imports the code of the original, and so its tests tested that."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTEST"))}
+    for folder in (".venv", ".venv-5.17"):
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        (tmp_path / folder / ".installed").touch()
+        python = tmp_path / folder / "bin" / "python"
+        for known, is_made in {tmp_path: False, ROOT: True}.items():
+            (known_package := tmp_path / f"{known.name}-packages" / "vlmpruner").mkdir(parents=True, exist_ok=True)
+            (known_package / "__init__.py").write_text(f"__path__ = [{str(known)!r}]")
+            python.write_text(f'#!/bin/sh\nPYTHONPATH={known_package.parent} exec {sys.executable} -S "$@"\n')
+            python.chmod(0o755)
+            make = ["make", "--dry-run", f"{folder}/.installed"]
+            recipe = subprocess.run(make, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+            assert (f"-m venv --clear {folder}" in recipe) == is_made
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_configuration.py"]
+    outcome = subprocess.run(tests, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"These tests are of {tmp_path}, but this Python imports vlmpruner from {ROOT}" in outcome.stderr
 
 
 def test_a_tower_of_any_picture_size_is_pruned_on_its_own_grids():

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, picture
+import torch
+from families import FAMILIES, picture, spread_weights
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from vlmpruner import export
 from vlmpruner.export import export_model, main
@@ -185,6 +186,7 @@ def test_shards_and_index(base, tmp_path, lines):
 def test_files_of_the_repo(exported):
     code = {path.name for path in exported.glob("*.py")}
     assert {path.name for path in exported.iterdir()} - code == {
+        ".vlmpruner_export.json",
         "README.md",
         "chat_template.jinja",
         "config.json",
@@ -196,6 +198,7 @@ def test_files_of_the_repo(exported):
     }
     assert {"configuration_vlmpruner.py", "processing.py", "token_pruning.py", "pruned_decoder.py"} <= code
     assert not {"export.py", "demo.py"} & code
+    assert not [path for path in exported.glob("*.json") if str(export.ROOT) in path.read_text()]
     for name in code:
         assert (exported / name).read_bytes() == (export.ROOT / name).read_bytes()
 
@@ -317,7 +320,7 @@ def test_dry_run_prints_the_files_and_writes_nothing(command, tmp_path):
     assert status == 0
     assert list(tmp_path.iterdir()) == []
     repo = quietly(LLAVA, tmp_path / "out")
-    for path in repo.iterdir():
+    for path in set(repo.iterdir()) - {repo / export.MANIFEST}:
         assert re.search(rf"^  {re.escape(path.name)} +{re.escape(export.readable(path.stat().st_size))}$", output, re.M), path
 
 
@@ -345,7 +348,7 @@ def leave_folder(base):
 DAMAGES = {
     "unknown family": (
         lambda base: edit_json(base / "config.json", model_type="blip"),
-        r"base is a model of type 'blip'. Supported are llava",
+        r"base is a model of type 'blip' by its config\.json. Supported are llava",
     ),
     "no config": (lambda base: (base / "config.json").unlink(), r"base has no config\.json"),
     "authors' layout": (
@@ -354,9 +357,9 @@ DAMAGES = {
     ),
     "no safetensors": (lambda base: (base / SHARD).unlink(), r"base has no safetensors weights"),
     "missing shard": (drop_shard, r"names 2 shards, but model-00002-of-00002\.safetensors is missing"),
-    "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is not in its folder"),
-    "damaged shard": (damage_shard, r"The weights of base do not load: "),
-    "missing weight": (drop_weight, r"The weights of base do not load: base lacks 1 of the weights"),
+    "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is no \*\.safetensors of its"),
+    "damaged shard": (damage_shard, r"model\.safetensors of base is no whole safetensors file: "),
+    "missing weight": (drop_weight, r"config\.json and weights of base do not load: base lacks 1 of the weights"),
 }
 
 
@@ -384,6 +387,138 @@ def test_refuses_bad_parameters(arguments, message, tmp_path, command):
     assert status == 2
     assert re.fullmatch(rf"export\.py: error: .*{message}.*\n", error), error
     assert list(tmp_path.iterdir()) == []
+
+
+def write_json(name, **changes):
+    """Changes a JSON file of a base; a dotted key reaches into an object of it."""
+
+    def spoil(base):
+        content = json.loads((base / name).read_text())
+        for key, value in changes.items():
+            target = content
+            *outer, last = key.split(".")
+            for each in outer:
+                target = target[each]
+            target[last] = value
+        (base / name).write_text(json.dumps(content))
+
+    return spoil
+
+
+def write_text(name, text):
+    return lambda base: (base / name).write_text(text)
+
+
+def write_index(weight_map):
+    def spoil(base):
+        split_in_two(base)
+        edit_json(base / INDEX, weight_map=weight_map)
+
+    return spoil
+
+
+def index_of_quantized(base):
+    """Nobody opens the model of a quantized base, so its index is compared with the headers."""
+    split_in_two(base)
+    edit_json(base / "config.json", quantization_config={"quant_method": "awq"})
+    content = json.loads((base / INDEX).read_text())
+    content["weight_map"]["other.weight"] = "model-00001-of-00002.safetensors"
+    (base / INDEX).write_text(json.dumps(content))
+
+
+def quantized_without_weights(base):
+    edit_json(base / "config.json", quantization_config={"quant_method": "awq"})
+    (base / SHARD).write_bytes(b"no safetensors")
+
+
+# What is wrong -> (how to make it so, the file that the error must name)
+MALFORMED = {
+    "config is a list": (write_text("config.json", "[]"), "config.json"),
+    "config is cut off": (write_text("config.json", '{"model_type": "lla'), "config.json"),
+    "config is not text": (lambda base: (base / "config.json").write_bytes(b"\xff\xfe{"), "config.json"),
+    "nested too deeply": (write_text("config.json", '{"a":' * 100_000), "config.json"),
+    "model type is a list": (write_json("config.json", model_type=["llava"]), "config.json"),
+    "text config is a number": (write_json("config.json", text_config=5), "config.json"),
+    "hidden size is text": (write_json("config.json", **{"text_config.hidden_size": "64"}), "config.json"),
+    "hidden size is negative": (write_json("config.json", **{"text_config.hidden_size": -64}), "config.json"),
+    "no such dtype": (write_json("config.json", torch_dtype="float99"), "config.json"),
+    "no dtype": (write_json("config.json", **{"text_config.dtype": "nn"}), "config.json"),
+    "layers without end": (write_json("config.json", **{"text_config.num_hidden_layers": 10**12}), "config.json"),
+    "vision layers without end": (write_json("config.json", **{"vision_config.num_hidden_layers": 10**9}), "config.json"),
+    "quantization is text": (write_json("config.json", quantization_config="awq"), "config.json"),
+    "index is a list": (write_text(INDEX, "[]"), INDEX),
+    "index without shards": (write_text(INDEX, '{"weight_map": {}}'), INDEX),
+    "index without map": (write_text(INDEX, "{}"), INDEX),
+    "map is a list": (write_index(["model.safetensors"]), INDEX),
+    "shard is a number": (write_index({"lm_head.weight": 1}), INDEX),
+    "shard is code": (write_index({"lm_head.weight": "configuration_vlmpruner.py"}), INDEX),
+    "shard is the config": (write_index({"lm_head.weight": "config.json"}), INDEX),
+    "shard is hidden": (write_index({"lm_head.weight": "..safetensors"}), INDEX),
+    "index of a quantized base": (index_of_quantized, INDEX),
+    "weights of a quantized base": (quantized_without_weights, SHARD),
+    "tokenizer is a list": (write_text("tokenizer.json", "[]"), "tokenizer.json"),
+    "tokenizer without a model": (write_json("tokenizer.json", model=7), "tokenizer.json"),
+    "tokenizer config": (write_json("tokenizer_config.json", added_tokens_decoder=[1]), "tokenizer_config.json"),
+    "processor is a number": (write_text("processor_config.json", "5"), "processor_config.json"),
+    "image processor": (write_json("preprocessor_config.json", image_processor_type=5), "preprocessor_config.json"),
+    "generation config": (write_text("generation_config.json", "[]"), "generation_config.json"),
+    "generation option": (write_json("generation_config.json", cache_implementation=7), "generation_config.json"),
+    "card": (write_text("README.md", "---\nlicense: [\n---\n"), "README.md"),
+    "card is a list": (write_text("README.md", "---\n- license\n---\n"), "README.md"),
+    "license is a number": (write_text("README.md", "---\nlicense: 5\n---\n"), "README.md"),
+    "chat template": (lambda base: (base / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_files_are_named_in_one_line(kind, base, tmp_path, command):
+    spoil, name = MALFORMED[kind]
+    spoil(base)
+    status, _, error = command(base, "--output", tmp_path / "out")
+    assert status == 2
+    assert re.fullmatch(rf"export\.py: error: .*{re.escape(name)}.*\n", error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", [SHARD, "generation_config.json", "chat_template.jinja", "tokenizer.json"])
+def test_links_out_of_the_base_are_not_followed(name, base, tmp_path):
+    """The file would be part of the repo, and would be uploaded."""
+    private = tmp_path / "private"
+    shutil.copyfile(LLAVA / name if (LLAVA / name).is_file() else LLAVA / "config.json", private)
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(private)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} of base is a link to {re.escape(str(private))}"):
+        quietly(base, tmp_path / "out")
+    private.rename(base / "inside")
+    (base / name).unlink()
+    (base / name).symlink_to("inside")
+    if name in (SHARD, "tokenizer.json"):
+        assert not (quietly(base, tmp_path / "out") / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config"])
+def test_code_of_the_base_is_never_run(name, base, tmp_path):
+    marker = tmp_path / "ran"
+    evil = f"open({str(marker)!r}, 'w')\n"
+    for module in ("evil", "configuration_vlmpruner", "modeling_vlmpruner_llava", "processing", "token_pruning"):
+        (base / f"{module}.py").write_text(evil)
+    autos = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer", "ImageProcessor", "VideoProcessor")
+    references = {f"Auto{auto}": "evil.Evil" for auto in autos} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit_json(base / f"{name}.json", auto_map=references)
+    if name == "config":
+        edit_json(base / "config.json", attn_implementation="evil/kernel")
+    repo = quietly(base, tmp_path / "out")
+    assert not marker.exists()
+    for path in repo.glob("*.py"):
+        assert path.read_bytes() == (export.ROOT / path.name).read_bytes()
+    for path in {*repo.glob("*.json")} - {repo / "generation_config.json"}:
+        assert "evil" not in path.read_text(), path
+
+
+def test_shards_do_not_overwrite_what_is_staged(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.Base, "shard_names", lambda self: ["config.json"])
+    with pytest.raises(ValueError, match=r"shard config\.json of base has the name of another file"):
+        quietly(base, tmp_path / "out")
 
 
 def test_refuses_keys_that_do_not_exist(tmp_path):
@@ -463,20 +598,157 @@ def test_failure_leaves_nothing_half_done(step, error, base, tmp_path, monkeypat
     assert os.stat(base / SHARD).st_nlink == 1
 
 
-def test_failure_while_replacing_keeps_the_earlier_export(tmp_path, monkeypatch):
-    output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
-    rename = Path.rename
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def renaming(request, monkeypatch):
+    """With the system's call that exchanges two folders, and as on a system without it."""
+    if not request.param:
+        monkeypatch.setattr(export, "exchange", lambda *folders: False)
+    return request.param
 
-    def fail_to_publish(path, target):
-        if Path(target) == output and path.name == "out":
+
+def ratio_of(repo: Path) -> float:
+    return json.loads((repo / "config.json").read_text())["pruning_ratio"]
+
+
+@pytest.fixture(scope="module")
+def two_exports(tmp_path_factory):
+    """Of ratio 0.5 and 0.25."""
+    folder = tmp_path_factory.mktemp("two")
+    return [quietly(LLAVA, folder / str(ratio), pruning_ratio=ratio) for ratio in (0.5, 0.25)]
+
+
+@pytest.mark.parametrize("function", ["rename", "identity", "check_replaceable"])
+@pytest.mark.parametrize("call", range(3))
+def test_failure_while_replacing_keeps_the_earlier_export(function, call, renaming, two_exports, tmp_path, monkeypatch):
+    earlier, new = two_exports
+    output = Path(shutil.copytree(earlier, tmp_path / "out"))
+    owner, original, calls = (Path, Path.rename, []) if function == "rename" else (export, getattr(export, function), [])
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == call + 1:
             raise KeyboardInterrupt
-        return rename(path, target)
+        return original(*arguments)
 
-    monkeypatch.setattr(Path, "rename", fail_to_publish)
-    with pytest.raises(KeyboardInterrupt):
-        quietly(LLAVA, output, force=True)
-    assert json.loads((output / "config.json").read_text())["pruning_ratio"] == 0.5
+    found = export.identity(output)
+    try:
+        with export.workspace(output) as beside, monkeypatch.context() as patch:
+            staged = Path(shutil.copytree(new, beside / "out"))
+            patch.setattr(owner, function, fail)
+            export.move_into_place(staged, output, found)
+    except KeyboardInterrupt:
+        assert ratio_of(output) == 0.5
+    else:
+        assert ratio_of(output) == 0.25
+        assert len(calls) <= call
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vlmpruner import export
+
+step, folder = sys.argv[1:]
+original = getattr(export if step == "exchange" else Path, step)
+
+def kill_after(*arguments):
+    original(*arguments)
+    if Path(arguments[-1]).name in ("out", "replaced"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if step == "rename":
+    export.exchange = lambda *folders: False
+setattr(export if step == "exchange" else Path, step, kill_after)
+export.export_model({base!r}, folder, force=True)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("step", ["exchange", "rename"])
+def test_a_kill_loses_no_export(step, tmp_path, lines):
+    output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
+    process = subprocess.run([sys.executable, "-c", KILLED.format(base=str(LLAVA)), step, output], timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    if step == "exchange":
+        assert ratio_of(output) == 0.889
+    else:
+        assert not output.exists()
+        with pytest.raises(ValueError, match="is not empty"):
+            export_model(LLAVA, output, report=lines.append)
+        assert any("put back" in line for line in lines)
+        assert ratio_of(output) == 0.5
+    quietly(LLAVA, output, pruning_ratio=0.25, force=True)
+    assert ratio_of(output) == 0.25
+
+
+def during_the_export(monkeypatch, action):
+    """Runs `action` when the repo is staged, just before it is moved into place."""
+    move = export.move_into_place
+    monkeypatch.setattr(export, "move_into_place", lambda *arguments: (action(), move(*arguments)))
+
+
+def test_files_that_appear_during_an_export_stay(renaming, tmp_path, monkeypatch):
+    new, old = tmp_path / "new", quietly(LLAVA, tmp_path / "old", pruning_ratio=0.5)
+    new.mkdir()
+    for output, message in {new: "Something else has come to", old: "holds something else .*: notes.txt"}.items():
+        with monkeypatch.context() as patch:
+            during_the_export(patch, (output / "notes.txt").touch)
+            with pytest.raises(ValueError, match=message):
+                quietly(LLAVA, output, force=output == old)
+        assert (output / "notes.txt").is_file()
+    assert ratio_of(old) == 0.5
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_exports_at_once_one_wins(force, renaming, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    if force:
+        quietly(LLAVA, output, pruning_ratio=0.5)
+    with monkeypatch.context() as patch:
+
+        def other():
+            patch.undo()
+            if not renaming:
+                patch.setattr(export, "exchange", lambda *folders: False)
+            quietly(LLAVA, output, pruning_ratio=0.25, force=force)
+
+        during_the_export(patch, other)
+        with pytest.raises(ValueError, match="Another export .* has come first" if force else "Something else has come to"):
+            quietly(LLAVA, output, pruning_ratio=0.75, force=force)
+    assert ratio_of(output) == 0.25
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "earlier export without one"])
+def test_force_deletes_nothing_that_no_export_wrote(manifest, tmp_path):
+    output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
+    if not manifest:
+        (output / export.MANIFEST).unlink()
+    for name in ("optimizer.pt", "notes.txt", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "train.py"):
+        (output / name).write_text("mine")
+        with pytest.raises(ValueError, match=rf"something else than an export wrote there.*: {re.escape(name)}\. "):
+            quietly(LLAVA, output, force=True)
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
+    (output / "weights").symlink_to(LLAVA)
+    with pytest.raises(ValueError, match="something else than an export wrote there"):
+        quietly(LLAVA, output, force=True)
+    (output / "weights").unlink()
+    quietly(LLAVA, output, pruning_ratio=0.25, force=True)
+    assert ratio_of(output) == 0.25
+
+
+def test_force_keeps_what_was_trained_or_edited_since(tmp_path):
+    output = quietly(LLAVA, tmp_path / "out")
+    model = FAMILIES["llava"].pruned_class.from_pretrained(output)
+    model.save_pretrained(output)
+    with pytest.raises(ValueError, match=r"was changed since: config\.json, .*model\.safetensors"):
+        quietly(LLAVA, output, force=True)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="holds something else than an export;"):
+        quietly(LLAVA, tmp_path / "tuned", force=True)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -490,6 +762,20 @@ def test_signals_clean_up(number, status, tmp_path, command, monkeypatch, reques
     except SystemExit as stop:
         assert stop.code == status
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+def test_an_interruption_of_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    process = subprocess.run(
+        [sys.executable, export.ROOT / "export.py", "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "export.py: interrupted\n")
 
 
 def test_runs_as_a_script_from_anywhere(python, tmp_path):
@@ -507,3 +793,98 @@ def test_processor_of_the_repo_equals_the_base_ones(family, exported):
     for name in inputs:
         assert inputs[name].equal(base_inputs[name])
     assert processor.chat_template == base_processor.chat_template
+
+
+def trained_and_saved(family, repo: Path, folder: Path) -> Path:
+    """What a user has after fine-tuning: other weights, by `save_pretrained` of model and processor."""
+    model = family.pruned_class.from_pretrained(repo, dtype=torch.float32)
+    spread_weights(model).save_pretrained(folder, max_shard_size="200KB")
+    AutoProcessor.from_pretrained(repo, trust_remote_code=True).save_pretrained(folder)
+    edit_json(folder / "generation_config.json", pruning_ratio=0.5)
+    return folder
+
+
+def test_back_to_a_base_that_the_stock_classes_open(family, exported, tmp_path, lines):
+    processor = AutoProcessor.from_pretrained(family.checkpoint)
+    text = f"{processor.image_token} What is on the sign?  Two\nwords"
+    inputs = processor(picture(1), text, return_tensors="pt")
+    trained = trained_and_saved(family, exported, tmp_path / "trained")
+    expected = {exported: family.stock_class.from_pretrained(family.checkpoint, dtype=torch.float32)}
+    expected[trained] = spread_weights(family.stock_class.from_pretrained(family.checkpoint, dtype=torch.float32))
+    for repo, stock in expected.items():
+        output = export_model(repo, tmp_path / f"base-of-{repo.name}", to_base=True, report=lines.append)
+        auto, info = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+        named = family.stock_class.from_pretrained(output, dtype=torch.float32)
+        assert type(auto) is type(named) is type(stock)
+        differing = {"architectures": None, "_name_or_path": None}
+        assert auto.config.to_dict() | differing == stock.config.to_dict() | differing
+        assert auto.config.architectures == [family.stock]
+        assert not any(info.values())
+        for name, weight in stock.state_dict().items():
+            assert torch.equal(auto.state_dict()[name], weight), name
+            assert torch.equal(named.state_dict()[name], weight), name
+        opened = AutoProcessor.from_pretrained(output)
+        assert type(opened) is type(processor)
+        assert type(opened.tokenizer) is type(processor.tokenizer)
+        for name, value in opened(picture(1), text, return_tensors="pt").items():
+            assert torch.equal(value, inputs[name])
+        assert opened.chat_template == processor.chat_template
+        assert not list(output.glob("*.py"))
+        for path in output.glob("*.json"):
+            assert not re.search("pruning_|auto_map|VLMPruner", path.read_text()), path
+    with torch.no_grad():
+        assert torch.equal(auto.eval()(**inputs).logits, stock.eval()(**inputs).logits)
+    again = quietly(output, tmp_path / "again")
+    assert ratio_of(again) == 0.889
+
+
+def test_the_stock_class_by_name_reads_what_a_pruned_model_saved(family, tmp_path):
+    """It can not be kept from opening the folder; under our model type, the library renames no weights for it."""
+    spread_weights(family.pruned_class.from_pretrained(family.checkpoint)).save_pretrained(tmp_path)
+    opened, info = family.stock_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    expected = spread_weights(family.stock_class.from_pretrained(family.checkpoint)).state_dict()
+    for name, weight in opened.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_refuses_to_go_back_where_there_is_no_way(exported, base, tmp_path, command):
+    message = {
+        (base, "--to-base"): r"base is a base model already: its type is 'llava'\.",
+        (exported, "--to-base", "--ratio", "0.5"): r"A base model has no pruning keys, but got pruning_ratio",
+    }
+    for arguments, expected in message.items():
+        status, _, error = command(*arguments, "--output", tmp_path / "out")
+        assert status == 2
+        assert re.search(expected, error)
+    (base / "config.json").rename(base / "adapter_config.json")
+    status, _, error = command(base, "--to-base", "--output", tmp_path / "out")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "is an adapter. Merge it" in error
+
+
+@pytest.mark.once
+def test_a_saved_config_finds_all_its_code(family, exported, python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FROM_CONFIG)
+    family.pruned_class.config_class.from_pretrained(family.checkpoint).save_pretrained(tmp_path / "of-package")
+    code = {path.name: path.read_bytes() for path in exported.glob("*.py")}
+    output = python(script, exported, tmp_path / "of-package", cwd=tmp_path)
+    assert output.split() == [family.pruned_class.__name__] * 2 * 3
+    for folder in ("of-package", "saved-0", "saved-1"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.py")} == code
+
+
+FROM_CONFIG = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+for number, folder in enumerate(sys.argv[1:]):
+    AutoConfig.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"saved-{number}")
+for folder in (*sys.argv[1:], "saved-0"):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        with torch.device("meta"):
+            print(type(auto.from_config(config, trust_remote_code=True)).__name__)
+"""

@@ -234,6 +234,18 @@ def test_attention_taught_is_the_attention_of_the_layer():
     assert loss.item() == pytest.approx(-given.log().mean().item(), rel=1e-4)
 
 
+def test_a_system_message_is_no_turn_of_the_assistant():
+    """It was written as an answer that had ended. Other roles are refused."""
+    processor = train.build_processor(train.tokenizer())
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    for content in ("Be brief.", [{"type": "text", "text": "Be brief."}]):
+        text = processor.apply_chat_template([{"role": "system", "content": content}, user], add_generation_prompt=True)
+        assert text == "<s>Be brief. USER: <image>\nWhat? ASSISTANT:"
+    with pytest.raises(Exception, match="must be system, user or assistant, got tool"):
+        processor.apply_chat_template([{"role": "tool", "content": "3"}])
+    assert (ROOT / "chat_template.jinja").read_text() == processor.chat_template
+
+
 def test_turns_are_the_chat_template():
     processor = train.build_processor(train.tokenizer())
     scene = make_scene("train", 2, 84)

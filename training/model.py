@@ -20,15 +20,19 @@ from .scenes import COLORS, PATCH, SHAPES
 IMAGE_SIZE = 336
 GRID = IMAGE_SIZE // PATCH
 # Single-turn and multi-turn prompts of LLaVA-1.5. The answer and </s> follow "ASSISTANT: ".
+_TEXT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+)
+# No system message was trained on; one is written before the turns, as in the prompts of LLaVA-1.5.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %} "
-    "{% else %}ASSISTANT: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}"
+    "{% if message['content'] is not string %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}{% endif %}" + _TEXT + " "
+    "{% elif message['role'] == 'assistant' %}ASSISTANT: " + _TEXT + "{{ eos_token }}"
+    "{% elif message['role'] == 'system' %}" + _TEXT + " "
+    "{% else %}{{ raise_exception('A role must be system, user or assistant, got ' + message['role']) }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
