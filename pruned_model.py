@@ -1,18 +1,21 @@
 """What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .configuration_vlmpruner import check_ratio
 from .pruned_cache import CACHE_NAME, PruningRecord, cache_of, continued_padding_mask, pruning_state, takes_cache
@@ -329,6 +332,9 @@ class PrunedForConditionalGenerationMixin:
                 f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
             )
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
+            setattr(model.generation_config, name, value)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
@@ -373,15 +379,30 @@ class PrunedForConditionalGenerationMixin:
 
     @wraps(GenerationMixin.generate_batch)
     def generate_batch(self, inputs, *args, **kwargs):
-        names = [name for name in ("image_token_id", "video_token_id") if getattr(self.config, name, None) is not None]
         for number, tokens in enumerate(inputs):
-            for name in names:
-                if getattr(self.config, name) in tokens:
-                    raise ValueError(
-                        f"Request {number} holds {name}={getattr(self.config, name)}, but continuous batching takes text "
-                        "alone: it hands no pixels to the model. Call generate for requests with images or videos."
-                    )
+            self._refuse_placeholders(tokens, f"Request {number}")
         return super().generate_batch(inputs, *args, **kwargs)
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args, **kwargs):
+        manager = super().init_continuous_batching(*args, **kwargs)
+        stock_add_request = manager.add_request
+
+        def add_request(input_ids, *args, **kwargs):
+            self._refuse_placeholders(input_ids, "A request")
+            return stock_add_request(input_ids, *args, **kwargs)
+
+        manager.add_request = add_request
+        return manager
+
+    def _refuse_placeholders(self, tokens: Sequence[int], request: str) -> None:
+        for name in ("image_token_id", "video_token_id"):
+            token = getattr(self.config, name, None)
+            if token is not None and token in tokens:
+                raise ValueError(
+                    f"{request} holds {name}={token}, but continuous batching takes text alone: it hands no pixels to the "
+                    "model. Call generate for requests with images or videos."
+                )
 
     def _expand_inputs_for_generation(
         self,
@@ -493,6 +514,19 @@ class PrunedForConditionalGenerationMixin:
             **{CACHE_NAME: cache},
         )
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def pruning_keys_of_generation(name: str | os.PathLike | None, hub: dict) -> dict:
+    """The `pruning_` keys of a repo's generation config, which the library drops where that was made from a model's config."""
+    try:
+        file = None if name is None else cached_file(name, GENERATION_CONFIG_NAME, **hub)
+    except OSError:  # there is none
+        return {}
+    content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key.startswith("pruning_")}
 
 
 def _holds_pixels(pixels) -> bool:

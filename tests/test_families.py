@@ -744,7 +744,7 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
             model(**one_image)
 
 
-def test_ratio_of_a_generation_config(family, one_image):
+def test_ratio_of_a_generation_config(family, one_image, tmp_path):
     """Argument before the call's generation config before the model's before the config; also where it comes by position."""
     model = copy.deepcopy(load_pruned(family))
 
@@ -763,6 +763,10 @@ def test_ratio_of_a_generation_config(family, one_image):
     model.generation_config.pruning_ratio = 0.3
     assert ratio() == 0.3 and ratio(pruning_ratio=0.5) == 0.5 and ratio(generation_config=quarter) == 0.75
     assert quarter.pruning_ratio == 0.75 and model.generation_config.pruning_ratio == 0.3
+    model.save_pretrained(tmp_path)  # the library drops the key of such a file when it reads it
+    (tmp_path / "generation_config.json").write_text('{"_from_model_config": true, "pruning_ratio": 0.3}')
+    model = family.pruned_class.from_pretrained(tmp_path).eval()
+    assert ratio() == 0.3 and ratio(pruning_ratio=0.5) == 0.5
     for bad in (7, "half"):
         with pytest.raises(ValueError, match=rf"pruning_ratio must be a number in \[0, 1\).*{bad}"):
             ratio(generation_config=GenerationConfig(pruning_ratio=bad))
