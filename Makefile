@@ -58,16 +58,17 @@ clean: ## remove environments, caches and results
 IS_OURS := import os, sys, vlmpruner; sys.exit(os.path.realpath(list(vlmpruner.__path__)[0]) != os.getcwd())
 $(foreach stamp,$(wildcard .venv/.installed .venv-5.*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
 
+COMMA := ,
 define install
 	@echo "Installing into $(@D) (once, about a minute)"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) -e ".[test]" $(1)
+	@$(@D)/bin/python $(PIP_INSTALL) -e ".[$(1)]" $(2)
 	@touch $@
 endef
 
 .venv/.installed: pyproject.toml
-	$(call install)
+	$(call install,test$(COMMA)tools)
 
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml
-	$(call install,"transformers==5.$*.*")
+	$(call install,test,"transformers==5.$*.*")
