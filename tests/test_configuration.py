@@ -45,7 +45,7 @@ def test_defaults_are_the_papers():
         ("pruning_ratio", float("nan"), r"in \[0, 1\)"),
         ("pruning_layer", 0, "from 1 to 3"),
         ("pruning_layer", 4, "from 1 to 3"),
-        ("pruning_method", "fastv", "one of"),
+        ("pruning_method", "magic", "one of"),
         ("pruning_preset", "best", r"one of \('paper', 'fine'\)"),
         ("pruning_video_scope", "frame", "one of"),
         ("pruning_num_pivots", 0, ">= 1"),
