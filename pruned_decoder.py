@@ -491,6 +491,7 @@ class PruningPlan:
         """Put on `device` what selection and packing need there."""
         self.stages[0].tokens = PackedGrids(self.grids, self.stages[0].num_keep, self.is_text, device)
 
+    @torch.no_grad()  # what is looked at has no part in a graph that gradient checkpointing makes again
     def _select(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> None:
         stage = self.stage
         num_heads = self.config.num_key_value_heads
