@@ -23,8 +23,8 @@ class CDPrunerParameters(MethodParameters):
 
 
 class CDPruner(PruningMethod):
-    """Keep tokens that are far apart and belong to the question, before the decoder: greedy MAP of a determinantal point process
-    (CDPruner, arXiv 2506.10967).
+    """Keep tokens that are far apart and belong to the question, before the decoder: greedy MAP of a determinantal point
+    process (CDPruner, arXiv 2506.10967).
 
     Kernel diag(r) S diag(r), with S the cosines of the projected features and r their relevance, min-max normalised within the
     image; greedy by Cholesky factors.
@@ -62,7 +62,7 @@ def greedy_map(features: torch.Tensor, weights: torch.Tensor, num_keep: int) -> 
         weights: [n] float64, r > 0.
     """
     rows = features * weights[:, None]
-    variance, factors, order = rows.square().sum(1), rows.new_zeros(num_keep, len(rows)), []
+    variance, factors, order = weights.square(), rows.new_zeros(num_keep, len(rows)), []
     for step in range(num_keep):
         token = int(variance.argmax())
         if variance[token] < 1e-10:

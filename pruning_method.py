@@ -90,6 +90,7 @@ class ImageTokens:
     Attributes:
         stage: number of the stage, from 0.
         num_keep: how many to keep, from 0 to n.
+        keeps_last: whether the last token must stay; where `select` does not choose it, it takes the last place.
         grid: (height, width) or (frames, height, width) of the whole grid; their product is N.
         indices: [n] int64, row-major places in the grid, ascending.
         hidden_states: [n, hidden_size], the input of the pruned layer. At layer 0 these are the projected features.
@@ -107,6 +108,7 @@ class ImageTokens:
         start, size = sum(tokens.sizes[:image]), tokens.sizes[image]
         here, signals = slice(start, start + size), tokens.signals
         self.stage, self.num_keep, self.grid = tokens.stage, tokens.num_keep[image], tokens.grids[image]
+        self.keeps_last = tokens.keeps_last[image]
         self.indices, self.hidden_states = tokens.indices[here], tokens.hidden_states[here]
         self.keys = None if tokens.keys is None else tokens.keys[:, here]
         for name in ("attention", "logits"):
@@ -124,7 +126,8 @@ class StageTokens:
 
     Attributes:
         stage, hidden_states, keys, indices: as in `ImageTokens`, for T in place of n.
-        grids, sizes, num_keep: of each grid.
+        grids, sizes, num_keep: of each grid, and
+        keeps_last: whether its last token must stay, because its output is needed.
         batch: at the first stage, grids and budgets as `token_pruning.select_batch` takes them.
         signals: what `looks_at` asked for.
     """
@@ -136,6 +139,7 @@ class StageTokens:
     grids: Sequence[tuple[int, ...]]
     sizes: Sequence[int]
     num_keep: Sequence[int]
+    keeps_last: Sequence[bool]
     batch: GridBatch | None
     signals: dict
 
@@ -198,7 +202,7 @@ class PruningMethod:
     @torch.no_grad()
     def select_batch(self, tokens: StageTokens) -> Selection:
         """`select` of every image. A method that can take all images at once overrides this instead."""
-        orders = [self.select(image) for image in tokens.images()]
+        orders = [_with_last(self.select(image), image) for image in tokens.images()]
         starts = [sum(tokens.sizes[:image]) for image in range(len(orders))]
         order = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
         return Selection(tuple(map(len, orders)), order, order.sort().values)
@@ -206,6 +210,13 @@ class PruningMethod:
     def merge(self, hidden_states: torch.Tensor, selection: Selection, tokens: StageTokens) -> torch.Tensor:
         """New hidden states of the kept tokens, [T, hidden_size] to [R, hidden_size] in the order of `selection.kept`."""
         raise NotImplementedError
+
+
+def _with_last(order: torch.LongTensor, image: ImageTokens) -> torch.LongTensor:
+    last = len(image.indices) - 1
+    if not image.keeps_last or bool((order == last).any()):
+        return order
+    return torch.cat([order[: max(len(order) - 1, 0)], order.new_tensor([last])])
 
 
 def largest(scores: torch.Tensor, num_keep: int) -> torch.LongTensor:

@@ -83,6 +83,7 @@ def cdpruner(image, relevance_weight=1.0):
     if relevance_weight < 1:
         scaled = np.exp(relevance_weight / (2 * (1 - relevance_weight)) * scaled)
     kernel, chosen = scaled[:, None] * (features @ features.T) * scaled, []
+    np.fill_diagonal(kernel, scaled**2)  # exactly, so that equal relevance ties
     for _ in range(image.num_keep):
         volumes = [
             -np.inf if token in chosen else np.linalg.slogdet(kernel[np.ix_([*chosen, token], [*chosen, token])])[1]

@@ -8,11 +8,10 @@ from dataclasses import asdict, fields, replace
 from functools import lru_cache
 
 import method_oracles
-import numpy as np
 import pytest
 import torch
 from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint, spread_weights
-from test_families import CLOSE, EXACT, decoder_inputs, generate, kept_sets, later_turn, positions, step_logits
+from test_families import CLOSE, EXACT, decoder_inputs, generate, later_turn, positions, step_logits
 from transformers import DynamicCache
 
 from vlmpruner.configuration_vlmpruner import PruningConfig
@@ -352,12 +351,13 @@ def test_stages_that_end_without_the_image():
         assert image.mean_kept(8, first=0) == (num_visual + kept[0] + 2 * kept[1] + 2 * kept[2]) / 8
         assert abs(image.mean_kept(8) - 0.144 * num_visual) < 1
         assert len(load_processor_of("llava").draw_kept_tokens(picture(1), PruningRecord((replace(image, image=0),)))) == 1
-    text_of_last_row = int(inputs["attention_mask"][2].sum()) - 2 * num_visual
+    num_new = cached.sequences.shape[1] - inputs["input_ids"].shape[1] - 1  # the last has not been fed
+    text_of_last_row = int(inputs["attention_mask"][2].sum()) - 2 * num_visual + num_new
     of_last_row = [[len(order) for _, order in image.stages] for image in record.images[1:]]
     expected = [text_of_last_row + sum(kept) for kept in zip(*of_last_row, strict=True)]
     assert (
         lengths[1:] == [expected[0], *[expected[1]] * 2, *[expected[2]] * 2, text, text]
-        and text == inputs["attention_mask"][0].sum()
+        and text == inputs["attention_mask"][0].sum() + num_new
     )
     replayed = {"record": record}
     with pytest.MonkeyPatch.context() as patch:
