@@ -217,6 +217,11 @@ class PruningConfig(MethodKeys):
         except ValueError as error:
             raise ValueError(f"pruning_{error}") from None
 
+    @property
+    def looks_at_tower(self) -> bool:
+        """Whether the method looks at the vision tower, which then notes what it attends to."""
+        return self.pruning_method in METHODS and "tower" in METHODS[self.pruning_method].looks_at
+
     def pruning_settings(self, pruning_ratio: float | None = None) -> PruningSettings | None:
         """What a call prunes with the values of this moment, or None when pruning is off.
 
@@ -242,6 +247,11 @@ class PruningConfig(MethodKeys):
                 "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
             )
         method = METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, text_config.num_hidden_layers)
+        if self.looks_at_tower and (tower := self.vision_config.model_type) != "clip_vision_model":
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} looks at the attention of the class token of a CLIP vision tower, but "
+                f"the tower of this model is {tower!r}, which has none. Choose a method that does not look at the tower."
+            )
         first = method.stage_layers()[0]
         window = getattr(text_config, "sliding_window", None)
         layer_types = getattr(text_config, "layer_types", None)

@@ -38,7 +38,7 @@ from .pruned_cache import (
     pruning_states,
     state_of_layer,
 )
-from .pruning_method import StageTokens
+from .pruning_method import StageTokens, TowerSignals
 from .token_pruning import Selection, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
@@ -101,6 +101,7 @@ class VisualGrid:
     """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep.
 
     `columns` is ascending and on the host. `keeps_last` says that the last of them must stay, because its output is needed.
+    `features` are those of the image, of which the grid's are `tokens` [num_visual].
     """
 
     row: int
@@ -111,6 +112,21 @@ class VisualGrid:
     columns: torch.LongTensor
     num_keep: int
     keeps_last: bool = False
+    features: torch.Tensor | None = None
+    tokens: torch.LongTensor | None = None
+
+    def tower(self) -> TowerSignals:
+        """What the vision tower knows of the grid's tokens.
+
+        Raises:
+            ValueError: for features that came without it.
+        """
+        if not hasattr(self.features, "tower"):
+            raise ValueError(
+                f"The {self.modality} features of shape {tuple(self.features.shape)} do not tell what the vision tower "
+                "attended to, which pruning_method looks at. Encode the pixels after pruning_method is set."
+            )
+        return self.features.tower.of(self.tokens)
 
 
 def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
@@ -129,7 +145,9 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
         for number, view in enumerate(views):
             tokens = view.token_indices()
             num_keep = num_tokens_to_keep(len(tokens), ratio)
-            grids.append(VisualGrid(row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep))
+            features = visual.features[image]
+            place = (row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep)
+            grids.append(VisualGrid(*place, features=features, tokens=tokens))
     return grids
 
 
@@ -536,7 +554,7 @@ class PruningPlan:
         # The last kept token of a row has place packed_length - 1, counted back from there.
         place = packed_length - kept.flip(1).cumsum(1).flip(1)
         merged_places = None
-        if self.method.has_merge and stage.selection.members is not None:
+        if self.method.has_merge:
             merged_places = tokens.rows[chosen], place.view(-1)[tokens.places[chosen]]
         if not self.method.counts_are_known:
             self._make_mask(stage, hidden_states, cache, counts)

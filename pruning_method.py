@@ -67,7 +67,7 @@ def choice(*values: str) -> tuple[Callable[[object], bool], str]:
 
 @dataclass(frozen=True)
 class TowerSignals:
-    """What the vision tower knows of an image's N tokens, in the order of its features. See `PrunedModelMixin.tower_signals`.
+    """What the vision tower knows of an image's N tokens, in the order of its features.
 
     Attributes:
         attention: [N] how much attention each patch gets (of the class token, mean over heads).
@@ -80,6 +80,11 @@ class TowerSignals:
     states: torch.Tensor
     keys: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor]
+
+    def of(self, tokens: torch.LongTensor) -> "TowerSignals":
+        """Those of some tokens."""
+        tokens = tokens.to(self.states.device)
+        return TowerSignals(self.attention[tokens], self.states[tokens], self.keys[tokens], self.project)
 
 
 class ImageTokens:

@@ -5,9 +5,14 @@ from .method_cdpruner import CDPruner
 from .method_dart import DART
 from .method_divprune import DivPrune
 from .method_fastv import FastV
+from .method_holov import HoloV
+from .method_prunesid import PruneSID
 from .method_pyramiddrop import PyramidDrop
 from .method_random import RandomTokens
 from .method_saint import SAINT
+from .method_scope import SCOPE
+from .method_visionzip import VisionZip
+from .method_vispruner import VisPruner
 from .method_vlm_pruner import VLMPruner
 from .pruning_method import PruningMethod
 
@@ -22,5 +27,10 @@ METHODS: dict[str, type[PruningMethod]] = {
     "saint": SAINT,
     "btp": BTP,
     "pyramiddrop": PyramidDrop,
+    "visionzip": VisionZip,
+    "scope": SCOPE,
+    "vispruner": VisPruner,
+    "prunesid": PruneSID,
+    "holov": HoloV,
     "random": RandomTokens,
 }

@@ -131,3 +131,116 @@ def btp(image, **_):
         kept += max_min(np.abs(places[:, None] - places).sum(-1).astype(float), num_spatial, [0])
     kept = list(dict.fromkeys(kept))[: image.num_keep]
     return max_min(distance, image.num_keep, kept)
+
+
+def visionzip(image, contextual_share=10 / 64):
+    num_contextual = min(max(1, round(image.num_keep * contextual_share)), image.num_keep) if contextual_share else 0
+    dominant, targets, _ = zipped(image, num_contextual)
+    return dominant + targets
+
+
+def zipped(image, num_contextual):
+    """Dominant patches, targets, and for each target what is merged into it."""
+    attention, keys = image.tower_attention, image.tower_keys
+    dominant = sorted(top(attention, image.num_keep - num_contextual))
+    rest = [token for token in range(len(attention)) if token not in dominant]
+    step = max(1, len(rest) // max(num_contextual, 1))
+    targets = [rest[step * number] for number in range(num_contextual)]
+    joined = {target: [] for target in targets}
+    for token in rest if targets else []:
+        if token not in targets:
+            cosines = [unit(keys[token]) @ unit(keys[target]) for target in targets]
+            joined[targets[int(np.argmax(cosines))]].append(token)
+    return dominant, targets, joined
+
+
+def scope(image, saliency_power=1.0):
+    attention, states = image.tower_attention, image.tower_states
+    similarity, chosen = unit(states) @ unit(states).T, []
+    for _ in range(image.num_keep):
+        covered = similarity[chosen].max(0).clip(0) if chosen else np.zeros(len(states))
+        gains = [
+            -np.inf if token in chosen else np.maximum(similarity[token] - covered, 0).sum() * weight
+            for token, weight in enumerate(attention**saliency_power)
+        ]
+        chosen.append(int(np.argmax(gains)))
+    return chosen
+
+
+def vispruner(image, important_share=0.5):
+    attention, states = image.tower_attention, image.tower_states
+    ranked, directions = top(attention, len(states)), unit(states)
+    important = ranked[: int(image.num_keep * important_share)]
+    rest, number = ranked[len(important) :], image.num_keep - len(important)
+    while len(rest) > number > 0:
+        first, second = rest[::2], rest[1::2]
+        worst = [max(directions[token] @ directions[other] for other in second) for token in first]
+        ranks = top(np.array(worst), len(first))
+        rest = [first[place] for place in ranks[min(8, len(rest) - number, len(first)) :]] + second
+    return important + rest[:number]
+
+
+def holov(image, num_crops=0, context_weight=0.09):
+    attention, features = image.tower_attention, image.hidden_states
+    number = len(attention)
+    runs = num_crops or max(1, int(1024 / 576 * number / image.num_keep))
+    sizes = [number // runs + (run < number % runs) for run in range(runs)]
+    ends = np.cumsum(sizes)
+    parts = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
+    scores = []
+    for part in parts:
+        if len(part) == 1:
+            scores.append(attention[part[0]])
+            continue
+        rows = features[part] / (np.linalg.norm(features[part], axis=1, keepdims=True) + 1e-6)
+        similar = rows @ rows.T
+        np.fill_diagonal(similar, 0)
+        mean = similar.sum(1) / (len(part) - 1)
+        variance = ((similar - mean[:, None]) ** 2).sum(1) / (len(part) - 1)
+        a = attention[part] * 1e3
+        scores.append(np.mean(a + context_weight * variance * a.mean() / (variance.mean() + 1e-6)))
+    weights = np.array(scores) / (np.sum(scores) + 1e-6)
+    quotas = np.floor(weights * image.num_keep).astype(int)
+    for part in top(weights, image.num_keep - quotas.sum()):
+        quotas[part] += 1
+    room = np.array([len(part) for part in parts])
+    quotas = np.minimum(quotas, room)
+    while quotas.sum() < image.num_keep:
+        open_parts = [part for part in top(weights, len(parts)) if quotas[part] < room[part]]
+        for part in open_parts[: image.num_keep - quotas.sum()]:
+            quotas[part] += 1
+    return [int(part[place]) for part, quota in zip(parts, quotas, strict=True) for place in top(attention[part], quota)]
+
+
+def prunesid(image, **_):
+    attention, states = image.tower_attention, image.tower_states
+    need = image.num_keep + 1
+    number = max(1, need // 4)
+    scaled = (1 / (1 + np.exp(-states))).T
+    scaled = scaled - scaled.mean(0)
+    values, vectors = np.linalg.eigh(scaled.T @ scaled)
+    kept = vectors[:, np.argsort(-values)][:, : min(number, *scaled.shape)]
+    groups = np.abs(kept).argmax(1)
+    similar = unit(states) @ unit(states).T
+    threshold = need / 32 * np.mean([similar[i, j] for i in range(len(states)) for j in range(i + 1, len(states))])
+    orders, distinct_counts = [], []
+    for group in range(groups.max() + 1):
+        alive = {token: attention[token] for token in np.flatnonzero(groups == group)}
+        picks = []
+        while alive:
+            best = min(alive, key=lambda token: (-alive[token], token))
+            picks.append(best)
+            alive = {token: a for token, a in alive.items() if token != best and similar[best, token] <= threshold}
+        others = [token for token in np.flatnonzero(groups == group) if token not in picks]
+        orders.append(picks + sorted(others, key=lambda token: (-attention[token], token)))
+        distinct_counts.append(len(picks))
+    sizes, counts = np.array([len(order) for order in orders]), np.array(distinct_counts)
+    low, up = np.minimum(1, sizes), np.minimum(np.minimum(5 * -(-need // 64), sizes), counts)
+    while up.sum() < need and (up < sizes).any():
+        up = np.minimum(up + 1, sizes)
+    rest = max(0, need - low.sum() - 1)
+    quotas = np.minimum(np.diff(np.round(np.cumsum(counts / counts.sum()) * rest), prepend=0).astype(int) + low, up)
+    for group in np.argsort(-counts, kind="stable"):
+        quotas[group] += max(0, min(up[group] - quotas[group], need - 1 - quotas.sum()))
+    chosen = [int(token) for order, quota in zip(orders, quotas, strict=True) for token in order[:quota]]
+    return chosen[: need - 1]

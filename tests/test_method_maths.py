@@ -10,13 +10,14 @@ import torch
 
 from vlmpruner.method_btp import grid_distance, rebalance
 from vlmpruner.method_cdpruner import greedy_map
-from vlmpruner.pruning_method import farthest, largest, unit
+from vlmpruner.method_visionzip import zip_groups
+from vlmpruner.pruning_method import TowerSignals, farthest, largest, unit
 from vlmpruner.pruning_methods import METHODS
 
 
 NUM_LAYERS = 32
 RANDOM_CASES = 200
-CHECKED = ("fastv", "dart", "divprune", "cdpruner", "saint", "btp", "pyramiddrop")
+CHECKED = [name for name in METHODS if name not in ("vlm_pruner", "random")]  # these two have tests of their own
 
 
 def method(name, **parameters):
@@ -42,12 +43,18 @@ def random_image(seed):
         "text_states": draw((num_text, width)),
         "text_keys": draw((heads, num_text, 4)),
         "is_after": rng.random(num_text) < 0.6,
+        "tower_attention": rng.random(num_tokens),
+        "tower_states": draw((num_tokens, width)) + 0.5 * draw(width),
+        "tower_keys": draw((num_tokens, 6)),
     }
     return image, rng
 
 
 def select(name, image, **parameters):
     tensors = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in image.items()}
+    if "tower_attention" in image:
+        tower = (tensors.pop(f"tower_{part}") for part in ("attention", "states", "keys"))
+        tensors["tower"] = TowerSignals(*tower, project=None)
     return method(name, **parameters).select(SimpleNamespace(**tensors, final_norm=lambda states: states * 2)).tolist()
 
 
@@ -69,6 +76,14 @@ def test_each_method_equals_its_restatement(name):
             parameters = {"relevance_weight": float(rng.choice([0, 0.5, 1]))}
         if name == "saint":
             parameters = {"similarity_threshold": rng.uniform(0.3, 0.9), "min_neighbours": int(rng.integers(1, 6))}
+        if name == "holov":
+            parameters = {"num_crops": int(rng.integers(0, 7)), "context_weight": float(rng.uniform(0, 2))}
+        if name == "scope":
+            parameters = {"saliency_power": float(rng.choice([0.3, 0.5, 1, 3]))}  # with 0, pairs tie
+        if name == "vispruner":
+            parameters = {"important_share": float(rng.uniform(0, 1))}
+        if name == "visionzip":
+            parameters = {"contextual_share": float(rng.choice([0, 0.15, 0.5, 1]))}
         if name == "btp":
             image["stage"] = int(rng.integers(0, 3))
         found = select(name, image, **parameters)
@@ -117,6 +132,43 @@ def test_recorded_vectors():
     weights = np.abs(np.sin(np.outer(np.arange(1, 4), np.arange(30))))
     weights /= weights.sum(1, keepdims=True)
     assert sorted(select("fastv", {"attention": weights.mean(0)[5:21], "num_keep": 5})) == [2, 5, 7, 10, 13]
+
+
+def test_recorded_vectors_of_methods_that_look_at_the_tower():
+    states, keys = waves(25, 16), waves(25, 8, a=0.45, b=0.8, c=0.6)[1:]
+    attention = np.abs(np.sin(1.7 * np.arange(24) + 0.3)) + 0.05
+    attention /= attention.sum()
+    states = states[1:]
+    tower = TowerSignals(*map(torch.from_numpy, (attention, states, keys)), project=None)
+    dominant, targets, others, owner = zip_groups(tower, 5, 4)
+    assert dominant.tolist() == [8, 10, 12, 21, 23] and targets.tolist() == [0, 4, 9, 15]
+    joined = [others[owner == number].tolist() for number in range(4)]
+    assert joined == [[1, 2], [3, 5, 13], [7, 11, 18, 19, 20, 22], [6, 14, 16, 17]]
+    row = states[0] + states[joined[0]].mean(0)
+    np.testing.assert_allclose(row[:3], [1.437569, 1.466278, 1.140546], atol=1e-6)
+    image = {"tower_attention": attention, "tower_states": states, "tower_keys": keys, "hidden_states": states}
+    assert select("visionzip", image | {"num_keep": 9}, contextual_share=4 / 9) == [8, 10, 12, 21, 23, 0, 4, 9, 15]
+    image["num_keep"] = 8
+    assert select("scope", image) == [10, 8, 21, 19, 6, 17, 12, 1]
+    assert select("scope", image, saliency_power=0.5) == [10, 8, 16, 6, 21, 19, 1, 4]
+    assert select("scope", image, saliency_power=3.0) == [10, 8, 21, 19, 12, 23, 6, 1]
+    assert sorted(select("holov", image, num_crops=4)) == [1, 3, 4, 10, 12, 14, 17, 21]
+    assert select("holov", image | {"num_keep": 9}, num_crops=5) == [1, 3, 8, 6, 10, 12, 19, 17, 21]
+    hot = np.where(np.arange(24) < 6, 1.0, 0.01) + 0.001 * np.arange(24)
+    hot = image | {"tower_attention": hot / hot.sum()}
+    assert sorted(select("holov", hot, num_crops=4)) == [0, 1, 2, 3, 4, 5, 17, 23]
+    kept = [0, 1, 2, 4, 6, 8, 10, 11, 12, 13, 15, 17, 19, 21, 22, 23]
+    assert sorted(select("vispruner", image | {"num_keep": 16})) == kept
+    wide = {"tower_states": waves(48, 16), "tower_attention": np.abs(np.cos(0.9 * np.arange(48))) + 0.01, "num_keep": 16}
+    wide["tower_keys"] = wide["tower_states"]
+    kept = select("vispruner", wide)
+    assert sorted(kept[:8]) == [0, 7, 14, 21, 28, 35, 42, 45] and kept[8:] == [13, 37, 2, 6, 4, 11, 29, 47]
+    kept = [0, 3, 6, 7, 8, 10, 11, 14, 20, 21, 24, 25, 27, 29, 43, 47]
+    assert sorted(select("vispruner", wide, important_share=0.25)) == kept
+    wide["tower_states"], wide["num_keep"] = waves(49, 16)[1:] + 0.5, 15
+    assert select("prunesid", wide) == [42, 31, 24, 32, 35, 38, 41, 15, 21, 18, 45, 0, 3, 7, 14]
+    image["tower_states"], image["num_keep"] = states + 0.5, 11
+    assert select("prunesid", image) == [23, 20, 1, 17, 10, 8, 6, 21, 19, 12, 14]
 
 
 # Invariants
@@ -171,7 +223,7 @@ def test_schedules_of_the_papers_and_their_scaling():
         for num_layers in (2, 4, 5, 24, 28, 32, 36, 80):
             scaled = METHODS[name](METHODS[name].Parameters(), 1, num_layers)
             layers = scaled.stage_layers()
-            assert list(layers) == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < num_layers
+            assert list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < num_layers
     for budget in (6, 30, 64, 128, 192, 300):
         for scaled in (btp, pyramid):
             counts, ends = scaled.counts(576, budget), (*scaled.stage_layers()[1:], NUM_LAYERS)

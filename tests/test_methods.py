@@ -44,15 +44,22 @@ def load_method(family, name, **keys):
     return model
 
 
+LOOKING_AT_TOWER = [name for name, method in METHODS.items() if "tower" in method.looks_at]
+
+
+def families_of(name):
+    """Those that a method is defined for."""
+    return [FAMILIES[key] for key in FAMILIES if name not in LOOKING_AT_TOWER or key in ("llava", "llava_next")]
+
+
 def pairs(names, shift=0):
     """Each method with one family, another for each mode."""
-    families = list(FAMILIES.values())
-    return [
-        pytest.param(
-            name, families[(number + shift) % len(families)], id=f"{name}-{families[(number + shift) % len(families)].name}"
-        )
-        for number, name in enumerate(names)
-    ]
+    found = []
+    for number, name in enumerate(names):
+        families = families_of(name)
+        family = families[(number + shift) % len(families)]
+        found.append(pytest.param(name, family, id=f"{name}-{family.name}"))
+    return found
 
 
 ROWS = [
@@ -109,6 +116,8 @@ def by_hand(family, name, inputs, model, record):
     def run(layer, cache):
         return layer(hidden, attention_mask=mask(), position_embeddings=(cos, sin), **{CACHE_NAME: cache})
 
+    tower, project = tower_by_hand(family, inputs, record) if name in LOOKING_AT_TOWER else (None, None)
+
     with Recorder(decoder) as recorder:
         for number, layer in enumerate(decoder.layers):
             if number in method.stage_layers():
@@ -134,6 +143,8 @@ def by_hand(family, name, inputs, model, record):
                         normed=array(decoder.norm(hidden[0, at])),
                         normed_text=array(decoder.norm(hidden[0, text])),
                     )
+                    if tower is not None:
+                        facts.tower_attention, facts.tower_states, facts.tower_keys = tower[index]
                     if number > 0:
                         keys = cache.layers[number - 1].keys[0]
                         facts.keys, facts.text_keys = array(keys[:, at]), array(keys[:, text])
@@ -147,6 +158,11 @@ def by_hand(family, name, inputs, model, record):
                         chosen = [left[index].tolist().index(token) for token in image.stages[stage][1].tolist()]
                     else:
                         chosen = getattr(method_oracles, name)(facts, **asdict(settings.parameters))
+                    if name == "visionzip":
+                        _, _, joined = method_oracles.zipped(facts, max(1, round(facts.num_keep * 10 / 64)))
+                        for target, others in joined.items():
+                            states = facts.tower_states[target] + (facts.tower_states[others].mean(0) if others else 0)
+                            hidden[0, at[target]] = project(torch.from_numpy(states).float()[None, None])[0, 0]
                     kept_now.append(left[index][sorted(chosen)].tolist())
                     dropped |= set(own.tolist()) - set(own[chosen].tolist())
                     left[index] = left[index][sorted(chosen)]
@@ -162,6 +178,37 @@ def by_hand(family, name, inputs, model, record):
     return stock.lm_head(decoder.norm(hidden))[0], columns, kept_at
 
 
+def tower_by_hand(family, inputs, record):
+    """What the eager tower attends to, its states and keys, [num_visual, ...] of each grid; and the projector."""
+    model, pixels = load_stock(family, attn="eager").model, inputs["pixel_values"]
+    num_tiles = [1] * len(pixels) if pixels.ndim == 4 else pixels.flatten(2).any(-1).sum(1).tolist()
+    pixels = pixels if pixels.ndim == 4 else torch.cat([tiles[:count] for tiles, count in zip(pixels, num_tiles, strict=True)])
+    seen = {}
+    block = next(module for module in model.vision_tower.modules() if isinstance(module, torch.nn.ModuleList))[-2]
+    hooks = [
+        block.self_attn.k_proj.register_forward_hook(lambda module, args, output: seen.update(keys=output)),
+        block.self_attn.register_forward_hook(lambda module, args, output: seen.update(weights=output[1])),
+    ]
+    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    for hook in hooks:
+        hook.remove()
+    attention = seen["weights"][:, :, 0, 1:].mean(1)
+    keys = seen["keys"][:, 1:].unflatten(-1, (block.self_attn.num_heads, -1)).mean(2)
+    number = torch.arange(attention.numel(), dtype=torch.float32).view(*attention.shape, 1)  # of a patch among all
+    rows = list(number)
+    if family.name == "llava_next":
+        newline = torch.full((1,), -1.0)
+        rows, _ = model.pack_image_features(
+            number.split(num_tiles), inputs["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
+        )
+    found = []
+    for image in record:
+        first = min(int(other.positions[0]) for other in record if other.image == image.image)
+        own = rows[image.image][image.positions - first][:, 0].long()
+        found.append(tuple(array(part.flatten(0, 1)[own]) for part in (attention, states, keys)))
+    return found, model.multi_modal_projector
+
+
 def array(tensor):
     return tensor.double().numpy()
 
@@ -170,8 +217,10 @@ def budget(image, settings):
     return max(1, round(round(image.num_visual * (1 - settings.ratio), 6)))
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [pytest.param(name, family, id=f"{name}-{family.name}") for name in METHODS for family in families_of(name)],
+)
 def test_a_forward_equals_one_by_hand(name, family):
     keys = {"pruning_aggregation_weight": 1.0} if name == "vlm_pruner" else {}
     model = load_method(family, name, **keys)
@@ -421,3 +470,27 @@ def test_packed_positions_are_refused_with_three_axes():
     model = load_method(FAMILIES["qwen2_vl"], "fastv", pruning_positions="packed")
     with pytest.raises(ValueError, match=r"pruning_positions='packed'.*M-RoPE"):
         model.config.pruning_settings()
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen3_vl"])
+def test_a_tower_without_a_class_token_is_refused(family):
+    for name in LOOKING_AT_TOWER:
+        with pytest.raises(ValueError, match=rf"pruning_method '{name}' .*class token.*tower of this model is '"):
+            load_method(FAMILIES[family], name).config.pruning_settings()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_that_ends_with_an_image_keeps_its_last_token(name):
+    """Generation goes on from there."""
+    family = FAMILIES["llava"]
+    model = load_method(family, name)
+    inputs = make_inputs(family, [([picture(1)], "What?"), ([picture(2)], "What is in this picture?")])
+    ends = (inputs["input_ids"] == model.config.image_token_id).nonzero()[:, 1].view(2, -1)[:, -1]
+    cut = {key: inputs[key].clone() for key in ("input_ids", "attention_mask")}
+    for row, end in enumerate(ends.tolist()):
+        cut["attention_mask"][row, end + 1 :] = 0
+    with torch.no_grad():
+        record = model(**cut, pixel_values=inputs["pixel_values"]).pruning_record
+    for image in record:
+        assert image.num_visual - 1 in image.order.tolist()
+        assert len(image.order) < image.num_visual
