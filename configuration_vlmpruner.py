@@ -47,22 +47,26 @@ PRUNING_METHODS = (*METHODS, "none")
 VIDEO_SCOPES = ("slice", "video")
 POSITIONS = ("original", "packed")
 
-# Parameters of methods -> the methods that have them. Each is a key of the config, with `pruning_` in front.
-METHODS_WITH = {}
-for _name, _method in METHODS.items():
-    for _field in fields(_method.Parameters):
-        METHODS_WITH.setdefault(_field.name, {})[_name] = _field
 
-# One optional field for each of them. `None` is the method's own default.
-MethodKeys = make_dataclass(
-    "MethodKeys",
-    [
-        (f"pruning_{name}", _type | None, field(default=None))
-        for name, _fields in METHODS_WITH.items()
-        for _type in [float | int if next(iter(_fields.values())).type is float else next(iter(_fields.values())).type]
-    ],
-    kw_only=True,
-)
+def methods_with() -> dict[str, dict]:
+    """Name of each parameter of a method -> the methods that have it, with its dataclass field."""
+    found = {}
+    for name, method in METHODS.items():
+        for parameter in fields(method.Parameters):
+            found.setdefault(parameter.name, {})[name] = parameter
+    return found
+
+
+def method_keys() -> type:
+    """A dataclass with an optional key `pruning_<name>` for each parameter. `None` is the default of the method."""
+    keys = []
+    for name, owners in METHODS_WITH.items():
+        (kind,) = {parameter.type for parameter in owners.values()}
+        keys.append((f"pruning_{name}", (float | int if kind is float else kind) | None, field(default=None)))
+    return make_dataclass("MethodKeys", keys, kw_only=True)
+
+
+METHODS_WITH = methods_with()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class PruningSettings:
 
 
 @dataclass(kw_only=True)
-class PruningConfig(MethodKeys):
+class PruningConfig(method_keys()):
     """The `pruning_*` keys, put in front of a transformers config class.
 
     Every key can be edited in `config.json`, passed to `from_pretrained`, or assigned on `model.config`; assigned values take
@@ -216,6 +220,14 @@ class PruningConfig(MethodKeys):
             return method.Parameters(**method.presets[self.pruning_preset] | values)
         except ValueError as error:
             raise ValueError(f"pruning_{error}") from None
+
+    def to_dict(self) -> dict:
+        """As in the stock class, without keys that are not set and belong to other methods."""
+        content = super().to_dict()
+        for name, owners in METHODS_WITH.items():
+            if self.pruning_method not in owners and content.get(f"pruning_{name}") is None:
+                content.pop(f"pruning_{name}", None)
+        return content
 
     @property
     def looks_at_tower(self) -> bool:
