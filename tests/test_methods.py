@@ -4,8 +4,13 @@ Not every method runs in every family and mode; each (method, family) and each (
 """
 
 import copy
+import importlib
+import re
+import shutil
+import sys
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
+from pathlib import Path
 
 import method_oracles
 import pytest
@@ -14,6 +19,7 @@ from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, sm
 from test_families import CLOSE, EXACT, decoder_inputs, generate, later_turn, positions, step_logits
 from transformers import DynamicCache
 
+from vlmpruner import pruning_methods
 from vlmpruner.configuration_vlmpruner import PruningConfig
 from vlmpruner.pruned_cache import CACHE_NAME, PruningRecord, cache_of
 from vlmpruner.pruning_methods import METHODS
@@ -494,3 +500,55 @@ def test_a_prompt_that_ends_with_an_image_keeps_its_last_token(name):
     for image in record:
         assert image.num_visual - 1 in image.order.tolist()
         assert len(image.order) < image.num_visual
+
+
+# docs/methods.md
+
+
+DOCUMENT = Path(pruning_methods.__file__).parent / "docs" / "methods.md"
+
+
+@pytest.fixture
+def documented(tmp_path, monkeypatch):
+    """This repo's code with the example that the document adds, as a package of its own."""
+    code, imported, line, oracle = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    folder = tmp_path / "with_example"
+    folder.mkdir()
+    for path in DOCUMENT.parent.parent.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / "method_outliers.py").write_text(code)
+    registry = folder / "pruning_methods.py"
+    first, rest = registry.read_text().split("from .method_prunesid", 1)
+    rest, last = rest.split('    "random"', 1)
+    registry.write_text(f'{first}{imported}from .method_prunesid{rest}{line}    "random"{last}')
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("with_example.modeling_vlmpruner_llava"), oracle
+    for name in [name for name in sys.modules if name.startswith("with_example")]:
+        del sys.modules[name]
+
+
+def test_the_documented_example_works(documented):
+    module, oracle = documented
+    namespace = vars(method_oracles).copy()
+    exec(oracle, namespace)
+    family = FAMILIES["llava"]
+    keys = {"pruning_method": "outliers", "pruning_center_weight": 0.5, "pruning_ratio": 0.9}
+    model = module.VLMPrunerLlavaForConditionalGeneration.from_pretrained(family.checkpoint, **keys).eval()
+    inputs = make_inputs(family, [([picture(1)], "What is it?")])
+    with torch.no_grad():
+        (image,) = model(**inputs).pruning_record
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    facts = method_oracles.Image(num_keep=58, hidden_states=array(features))
+    assert image.order.tolist() == namespace["outliers"](facts, 0.5)
+    with pytest.raises(ValueError, match=r"pruning_center_weight is set to 0.5, but .*belongs to outliers"):
+        model.config.pruning_method = "fastv"
+        model.config.pruning_settings()
+
+
+def test_the_document_lists_every_method():
+    _, *rows = re.findall(r"^\| `(\w+)` \|.*$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted([*METHODS, "none"])
+    for name, method in METHODS.items():
+        row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+        if name != "vlm_pruner":
+            assert re.findall(r"`(\w+)`", row.split("|")[6]) == [field.name for field in fields(method.Parameters)]
