@@ -176,6 +176,22 @@ def keep_needed_outputs(
     return [replace(grid, keeps_last=is_needed(grid)) for grid in grids]
 
 
+def ends_of_prompts(is_token: torch.BoolTensor, is_visual: torch.BoolTensor, num_outputs: int) -> torch.LongTensor:
+    """The column of the last token of each row's prompt: where the first of `num_outputs` is, but not before an image's end.
+
+    So a method that looks at the prompt's last token sees the same one when decoding runs the whole sequence again, without a
+    cache, and when text was drafted behind the prompt.
+
+    Args:
+        is_token: [batch, length] bool, False at padding.
+        is_visual: [batch, length] bool.
+        num_outputs: number of outputs that are asked for, or 0 where it is not said, and the prompt is the whole row.
+    """
+    columns = torch.arange(is_token.shape[1])
+    limit = torch.where(is_visual, columns, -1).amax(1).clamp_min(is_token.shape[1] - max(num_outputs, 1))
+    return torch.where(is_token & (columns <= limit[:, None]), columns, 0).amax(1)
+
+
 def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
     """The row of each image, given the number of placeholders of each row and of features of each image.
 
@@ -374,7 +390,8 @@ class PruningPlan:
         prepared_masks: layer -> mask, where `generate` made them in advance.
         past_length: full sequence length before the call, and `past_entries` what of it the layers from each of `layers` hold.
         is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
-        is_prompt_text: the same without those of images that are on no grid.
+        is_prompt_text: the same without those of images that are on no grid, and those after the prompt.
+        prompt_ends: [batch] int64 on the host, the column of the last token of each row's prompt.
 
     Attributes:
         layer: the first of the layers.
@@ -395,8 +412,9 @@ class PruningPlan:
         past_entries: dict[int, int] | None = None,
         is_text: torch.BoolTensor | None = None,
         is_prompt_text: torch.BoolTensor | None = None,
+        prompt_ends: torch.LongTensor | None = None,
     ):
-        self.past_entries, self.is_prompt_text = past_entries, is_prompt_text
+        self.past_entries, self.is_prompt_text, self.prompt_ends = past_entries, is_prompt_text, prompt_ends
         self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
@@ -655,20 +673,19 @@ class PruningPlan:
     # What methods look at
 
     def _last_tokens(self, below: PruningStage | None, hidden_states: torch.Tensor, inputs: dict) -> tuple:
-        """The last token of each row of a layer's input, [batch, hidden_size], and its position embeddings, [batch, dim]."""
+        """The last token of each row's prompt in a layer's input, [batch, hidden_size], its position embeddings, [batch, dim]
+        each, and its place, [batch]."""
         last = self._last_places(below, hidden_states)
         rows = torch.arange(len(last), device=last.device)
         embeddings = (part.to(last.device).expand(len(last), -1, -1) for part in inputs["position_embeddings"])
-        return hidden_states.detach()[rows, last], tuple(part[rows, last] for part in embeddings)
+        return hidden_states.detach()[rows, last], tuple(part[rows, last] for part in embeddings), last
 
     def _last_places(self, below: PruningStage | None, hidden_states: torch.Tensor) -> torch.LongTensor:
-        """The place of each row's last token that is no padding, as the stage `below` left them. [batch]"""
-        batch, length = hidden_states.shape[:2]
-        last = torch.full((batch,), length - 1)
-        if below is None and self.attention_mask is not None:
-            is_token = self._new_mask(length)
-            last = length - 1 - is_token.flip(1).to(torch.uint8).argmax(1)
-        return upload(last, hidden_states.device)
+        """The place of each row's last token of the prompt, as the stage `below` left them. [batch]"""
+        if below is None:
+            return upload(self.prompt_ends, hidden_states.device)
+        tokens_after = self.is_text & (torch.arange(self.is_text.shape[1]) > self.prompt_ends[:, None])
+        return upload(hidden_states.shape[1] - 1 - tokens_after.sum(1), hidden_states.device)
 
     def _signals(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> dict:
         """What the method looks at beside hidden states and keys; see `ImageTokens`."""
@@ -718,7 +735,7 @@ class PruningPlan:
         return torch.cat(parts, dim=1)
 
     def _attention(self, layer: nn.Module, last: tuple, keys: torch.Tensor, mask: torch.Tensor | None) -> dict:
-        """The last tokens' rows over `keys`: at the stage's visual tokens, mean over heads, [T] float32 each.
+        """The rows of the prompts' last tokens over `keys`: at the stage's visual tokens, mean over heads, [T] float32 each.
 
         Args:
             layer: the decoder layer they belong to.
@@ -726,14 +743,17 @@ class PruningPlan:
             keys: [batch, num_key_value_heads, past and new tokens, head_dim], after RoPE.
             mask: [batch, past and new tokens (or room for more)], zero at padding; None where none is.
         """
-        tokens, (states, embeddings) = self.stage.tokens, last
+        tokens, (states, embeddings, places) = self.stage.tokens, last
         query = projected(layer, "q", states[:, None], tuple(part[:, None] for part in embeddings))[:, :, 0].float()
         keys = keys.detach().to(query.device, torch.float32).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
-        logits = scores = torch.einsum("bhd,bhnd->bhn", query, keys) * layer.self_attn.scaling
+        logits = torch.einsum("bhd,bhnd->bhn", query, keys) * layer.self_attn.scaling
+        scores = logits.clone()
         if mask is not None:
             mask = mask[:, : keys.shape[2]].to(query.device) != 0
-            scores = logits.masked_fill(~mask[:, None], -torch.inf)
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
         num_new = tokens.is_text.shape[1]
+        is_later = torch.arange(num_new, device=query.device) > places[:, None]
+        scores[..., -num_new:].masked_fill_(is_later[:, None], -torch.inf)
         places = tokens.rows, keys.shape[2] - num_new + tokens.places % num_new
         rows = {"attention": scores.softmax(-1).mean(1), "logits": logits.mean(1)}
         return {name: row.to(tokens.rows.device)[places] for name, row in rows.items()}
@@ -828,7 +848,9 @@ def make_plan(
     batch, length = visuals[0].mask.shape
     grids = keep_needed_outputs(grids, attention_mask, length, num_outputs)
     is_text = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask[:, -length:].clone()
-    is_prompt_text = is_text & ~torch.stack([visual.mask for visual in visuals]).any(0)
+    is_visual = torch.stack([visual.mask for visual in visuals]).any(0)
+    prompt_ends = ends_of_prompts(is_text, is_visual, num_outputs)
+    is_prompt_text = is_text & ~is_visual & (torch.arange(length) <= prompt_ends[:, None])
     for grid in grids:
         is_text[grid.row, grid.columns] = False
     plan = PruningPlan(
@@ -841,6 +863,7 @@ def make_plan(
         past_entries=past_entries,
         is_text=is_text,
         is_prompt_text=is_prompt_text,
+        prompt_ends=prompt_ends,
     )
     if grids:
         plan.prepare(device)
