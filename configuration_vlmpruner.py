@@ -20,7 +20,7 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
 import math
 import os
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,57 +37,80 @@ from transformers.dynamic_module_utils import get_cached_module_file, get_relati
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import HF_MODULES_CACHE, logging
 
-from .token_pruning import SELECTORS, PruningParameters
+from .pruning_method import PruningMethod
+from .pruning_methods import METHODS
 
 
 logger = logging.get_logger(__name__)
 
-PRUNING_METHODS = (*SELECTORS, "none")
+PRUNING_METHODS = (*METHODS, "none")
 VIDEO_SCOPES = ("slice", "video")
+POSITIONS = ("original", "packed")
 
-# What `pruning_preset` names. The table of the paper's ablations that "fine" rests on is cited in `PruningConfig`.
-PRUNING_PRESETS = {"paper": PruningParameters(), "fine": PruningParameters(token_batch=1)}
+
+def methods_with() -> dict[str, dict]:
+    """Name of each parameter of a method -> the methods that have it, with its dataclass field."""
+    found = {}
+    for name, method in METHODS.items():
+        for parameter in fields(method.Parameters):
+            found.setdefault(parameter.name, {})[name] = parameter
+    return found
+
+
+def method_keys() -> type:
+    """A dataclass with an optional key `pruning_<name>` for each parameter. `None` is the default of the method."""
+    keys = []
+    for name, owners in METHODS_WITH.items():
+        (kind,) = {parameter.type for parameter in owners.values()}
+        keys.append((f"pruning_{name}", (float | int if kind is float else kind) | None, field(default=None)))
+    return make_dataclass("MethodKeys", keys, kw_only=True)
+
+
+METHODS_WITH = methods_with()
 
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """What one forward call prunes: `ratio` in (0, 1) of the visual tokens, at the input of decoder layer `layer`."""
+    """What one forward call prunes: `ratio` in (0, 1) of the visual tokens, at the input of decoder layer `layer` or where the
+    method says; `positions` "original" or "packed"."""
 
     ratio: float
     layer: int
-    parameters: PruningParameters
+    parameters: object
     method: str = "vlm_pruner"
+    positions: str = "original"
+
+    def method_for(self, num_layers: int) -> PruningMethod:
+        """The method, for a decoder of `num_layers`."""
+        return METHODS[self.method](self.parameters, self.layer, num_layers)
 
 
 @dataclass(kw_only=True)
-class PruningConfig:
+class PruningConfig(method_keys()):
     """The `pruning_*` keys, put in front of a transformers config class.
 
     Every key can be edited in `config.json`, passed to `from_pretrained`, or assigned on `model.config`; assigned values take
     effect on the next call and are checked there again.
 
     Args:
-        pruning_method (`str`): `"vlm_pruner"` (arXiv 2512.02700), `"random"` (as many tokens, chosen uniformly at random and
-            not merged; a control) or `"none"`, which leaves the stock model.
+        pruning_method (`str`): a name of `METHODS` in `pruning_methods.py`, each documented in its class, or `"none"`, which
+            leaves the stock model. The keys of a method's own parameters have its names with `pruning_` in front; they are
+            `None` unless set, for the default of the method, and one that belongs to other methods alone must stay so.
         pruning_ratio (`float`): fraction of the visual tokens of each image that is removed, in [0, 1). 0 switches pruning off.
+            Where a method prunes in several stages, it is the mean over the layers from its first stage on.
         pruning_layer (`int`): zero-based decoder layer at whose input tokens leave, from 1 (selection needs the keys of the
-            layer before) to `num_hidden_layers - 1`.
-        pruning_preset (`str`): where the keys from here to `pruning_fill_budget` come from that are left at `None`. `"paper"`
-            has exactly the paper's values. `"fine"` judges candidates one by one (`pruning_token_batch` 1 in place of 16) and
-            is the paper's otherwise: a token batch is a short cut for speed, and in the paper's ablation (LLaVA-1.5-7B, 64
-            tokens, average of six benchmarks) sizes 1, 2, 4, 8 and 16 reach 95.62, 95.64, 95.38, 95.20 and 95.30. The same
-            ablation has 95.66 and 95.68 for an aggregation weight of 0.5 and 0.6 (0.3: 95.30), but no run changes both, so
-            the preset leaves it. Of pivots, channels, threshold and layer, the paper's values are the best there.
-        pruning_num_pivots (`int`): tokens chosen by max-min distance of their keys, at least 1 (kappa in the paper).
-        pruning_num_channels (`int`): hidden channels of largest variance that similarities use, at least 1 (q).
-        pruning_threshold (`float`): score below which a token is taken in the first round (tau_0).
-        pruning_threshold_step (`float`): what each further round adds to the threshold, above 0 (delta tau).
-        pruning_spatial_weight (`float`): weight of the grid distance in the score, at least 0 (lambda).
-        pruning_token_batch (`int`): candidates that are judged together, at least 1 (B). Smaller is closer to one by one.
-        pruning_aggregation_weight (`float`): weight of a kept token itself when discarded ones are merged into it, in [0, 1]
-            (beta). 1 switches aggregation off.
-        pruning_fill_budget (`bool`): whether to go on when a round takes nothing. `False` reproduces the authors' code, which
-            stops there and may keep fewer tokens than asked for.
+            layer before) to `num_hidden_layers - 1`, for a method that prunes at one layer inside the decoder. Others have
+            layers of their own.
+        pruning_positions (`str`): `"original"`, kept tokens and what follows keep the positions of the full sequence; or
+            `"packed"`, the layers that hold fewer tokens count these alone, as some authors do. Not for M-RoPE, whose positions
+            are places on a grid.
+        pruning_preset (`str`): where the keys of the method's parameters come from that are left at `None`. `"paper"` has
+            exactly the paper's values. VLM-Pruner has another, `"fine"`, which judges candidates one by one
+            (`pruning_token_batch` 1 in place of 16) and is the paper's otherwise: a token batch is a short cut for speed, and
+            in the paper's ablation (LLaVA-1.5-7B, 64 tokens, average of six benchmarks) sizes 1, 2, 4, 8 and 16 reach 95.62,
+            95.64, 95.38, 95.20 and 95.30. The same ablation has 95.66 and 95.68 for an aggregation weight of 0.5 and 0.6 (0.3:
+            95.30), but no run changes both, so the preset leaves it. Of pivots, channels, threshold and layer, the paper's
+            values are the best there.
         pruning_video_scope (`str`): `"slice"` prunes each temporal slice of a video as an image of its own; `"video"` gives all
             slices one budget and one selection, in which a step of one slice counts as far as a step of one token in the plane
             (as in the position ids of Qwen2-VL, where both advance by one). Models without video ignore it.
@@ -100,14 +123,7 @@ class PruningConfig:
     pruning_ratio: float | int = 0.889
     pruning_layer: int = 2
     pruning_preset: str = "paper"
-    pruning_num_pivots: int | None = None
-    pruning_num_channels: int | None = None
-    pruning_threshold: float | int | None = None
-    pruning_threshold_step: float | int | None = None
-    pruning_spatial_weight: float | int | None = None
-    pruning_token_batch: int | None = None
-    pruning_aggregation_weight: float | int | None = None
-    pruning_fill_budget: bool | None = None
+    pruning_positions: str = "original"
     pruning_video_scope: str = "slice"
 
     def __post_init__(self, **kwargs):
@@ -163,8 +179,8 @@ class PruningConfig:
         """
         if self.pruning_method not in PRUNING_METHODS:
             raise ValueError(f"pruning_method must be one of {PRUNING_METHODS}, got {self.pruning_method!r}.")
-        if self.pruning_preset not in PRUNING_PRESETS:
-            raise ValueError(f"pruning_preset must be one of {tuple(PRUNING_PRESETS)}, got {self.pruning_preset!r}.")
+        if self.pruning_positions not in POSITIONS:
+            raise ValueError(f"pruning_positions must be one of {POSITIONS}, got {self.pruning_positions!r}.")
         if self.pruning_video_scope not in VIDEO_SCOPES:
             raise ValueError(f"pruning_video_scope must be one of {VIDEO_SCOPES}, got {self.pruning_video_scope!r}.")
         check_ratio(self.pruning_ratio)
@@ -176,17 +192,47 @@ class PruningConfig:
             )
         self.pruning_parameters()
         if self.pruning_method != "none" and self.pruning_ratio > 0:
-            self._refuse_sliding_window()
+            self._refuse_what_can_not_be()
 
-    def pruning_parameters(self) -> PruningParameters:
-        """The method's own parameters, without the `pruning_` in front: the keys that are set, else those of the preset."""
-        keys = {field.name: getattr(self, f"pruning_{field.name}") for field in fields(PruningParameters)}
-        try:
-            return replace(
-                PRUNING_PRESETS[self.pruning_preset], **{name: value for name, value in keys.items() if value is not None}
+    def pruning_parameters(self):
+        """The method's own parameters, without the `pruning_` in front: the keys that are set, else those of the preset.
+
+        Raises:
+            ValueError: for a value outside its range, an unknown preset, and a key that is set and belongs to other methods.
+        """
+        keys = {name: getattr(self, f"pruning_{name}") for name in METHODS_WITH}
+        values = {name: value for name, value in keys.items() if value is not None}
+        if self.pruning_method == "none":
+            return None
+        method = METHODS[self.pruning_method]
+        for name in values:
+            if self.pruning_method not in METHODS_WITH[name]:
+                raise ValueError(
+                    f"pruning_{name} is set to {values[name]!r}, but pruning_method is {self.pruning_method!r}, which has no "
+                    f"such parameter: it belongs to {', '.join(METHODS_WITH[name])}. Set it to None."
+                )
+        if self.pruning_preset not in method.presets:
+            raise ValueError(
+                f"pruning_preset must be one of {tuple(method.presets)} with pruning_method {self.pruning_method!r}, got "
+                f"{self.pruning_preset!r}."
             )
+        try:
+            return method.Parameters(**method.presets[self.pruning_preset] | values)
         except ValueError as error:
             raise ValueError(f"pruning_{error}") from None
+
+    def to_dict(self) -> dict:
+        """As in the stock class, without keys that are not set and belong to other methods."""
+        content = super().to_dict()
+        for name, owners in METHODS_WITH.items():
+            if self.pruning_method not in owners and content.get(f"pruning_{name}") is None:
+                content.pop(f"pruning_{name}", None)
+        return content
+
+    @property
+    def looks_at_tower(self) -> bool:
+        """Whether the method looks at the vision tower, which then notes what it attends to."""
+        return self.pruning_method in METHODS and "tower" in METHODS[self.pruning_method].looks_at
 
     def pruning_settings(self, pruning_ratio: float | None = None) -> PruningSettings | None:
         """What a call prunes with the values of this moment, or None when pruning is off.
@@ -200,21 +246,35 @@ class PruningConfig:
         ratio = self.pruning_ratio if pruning_ratio is None else pruning_ratio
         if self.pruning_method == "none" or ratio == 0:
             return None
-        self._refuse_sliding_window()
-        return PruningSettings(float(ratio), self.pruning_layer, self.pruning_parameters(), self.pruning_method)
+        self._refuse_what_can_not_be()
+        parameters, positions = self.pruning_parameters(), self.pruning_positions
+        return PruningSettings(float(ratio), self.pruning_layer, parameters, self.pruning_method, positions)
 
-    def _refuse_sliding_window(self):
+    def _refuse_what_can_not_be(self):
+        """Raise a ValueError where this decoder can not be pruned so."""
         text_config = self.get_text_config(decoder=True)
+        if self.pruning_positions == "packed" and "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
+            raise ValueError(
+                f"pruning_positions='packed' counts tokens one by one, but positions of this {text_config.model_type} model "
+                "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
+            )
+        method = METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, text_config.num_hidden_layers)
+        if self.looks_at_tower and (tower := self.vision_config.model_type) != "clip_vision_model":
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} looks at the attention of the class token of a CLIP vision tower, but "
+                f"the tower of this model is {tower!r}, which has none. Choose a method that does not look at the tower."
+            )
+        first = method.stage_layers()[0]
         window = getattr(text_config, "sliding_window", None)
         layer_types = getattr(text_config, "layer_types", None)
         if layer_types is None:
             layer_types = ["full_attention" if window is None else "sliding_attention"] * text_config.num_hidden_layers
-        for layer, layer_type in enumerate(layer_types[self.pruning_layer :], start=self.pruning_layer):
+        for layer, layer_type in enumerate(layer_types[first:], start=first):
             if layer_type != "full_attention":
                 raise ValueError(
                     f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (window {window}), but "
-                    f"pruning at pruning_layer={self.pruning_layer} needs full_attention in that layer and all above: a window "
-                    "counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
+                    f"pruning with {self.pruning_method} at layer {first} needs full_attention in that layer and all above: a "
+                    "window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
                 )
 
 

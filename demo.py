@@ -160,7 +160,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"question  {arguments.question}")
     print(f"unpruned  {unpruned.answer or '(no text)'}")
     print(f"pruned    {pruned.answer or '(no text)'}\n")
-    print(table(unpruned, pruned, inputs["input_ids"].shape[1], model.config.pruning_layer))
+    print(table(unpruned, pruned, inputs["input_ids"].shape[1], pruned.record.images[0].stages[-1][0]))
     PICTURE.parent.mkdir(exist_ok=True)
     processor.draw_kept_tokens(record=pruned.record, inputs=inputs)[0].save(PICTURE)
     print(f"\nThe tokens that were kept: {PICTURE}")

@@ -776,11 +776,12 @@ def model_card(checkpoint: Base, config, name: str) -> str:
 
 def describe_pruning(config) -> str:
     """One clause on what the config prunes."""
-    if config.pruning_settings() is None:
+    settings = config.pruning_settings()
+    if settings is None:
         return "pruning is switched off"
-    return (
-        f"{config.pruning_ratio:.1%} of each image's visual tokens leave at the input of decoder layer {config.pruning_layer}"
-    )
+    layers = settings.method_for(config.get_text_config(decoder=True).num_hidden_layers).stage_layers()
+    where = f"decoder layer {layers[0]}" if len(layers) == 1 else f"decoder layers {', '.join(map(str, layers))}"
+    return f"{config.pruning_ratio:.1%} of each image's visual tokens leave at the input of {where}"
 
 
 # The first two snippets are those that the Hub shows for such a repo.
@@ -904,11 +905,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--private", action="store_true", default=None, help="make that repo a private one")
     add("--revision", help="branch, tag or commit of a base on the Hub")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
-    paper = own("configuration_vlmpruner.PRUNING_PRESETS")["paper"]
+    methods_with = own("configuration_vlmpruner.METHODS_WITH")
     for field in pruning_fields():
         name, default = field.name.removeprefix("pruning_"), field.default
-        preset = " with the preset paper" if default is None else ""
-        default = getattr(paper, name) if default is None else default
+        owners = methods_with[name] if default is None else {}
+        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
+        default = next(iter(owners.values())).default if owners else default
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
         flag = "--" + name.replace("_", "-")
         keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)

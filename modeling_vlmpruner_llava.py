@@ -9,9 +9,10 @@ Class tokens and newlines are structure: never candidates, always kept. Everythi
 `pruned_model.py`.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from math import ceil
 
 import torch
@@ -37,6 +38,7 @@ from .pruned_model import (
     pruned_forward,
     register_weight_renaming,
 )
+from .pruning_method import TowerSignals
 
 
 register_weight_renaming(
@@ -66,6 +68,70 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
 
     decoder_layers = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
+    def with_tower_signals(self, encode: Callable, feature_layer: int | list[int] | None):
+        """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower`, where the method asks for it.
+
+        The row of the class token is computed again from the input of the block that makes the features, so it depends on no
+        attention backend.
+        """
+        if not self.config.looks_at_tower:
+            return encode()
+        feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        if not isinstance(feature_layer, int):
+            raise ValueError(
+                f"pruning_method {self.config.pruning_method!r} looks at the block of the tower that makes the features, but "
+                f"they are of several with vision_feature_layer={feature_layer}. Choose one layer, or another method."
+            )
+        blocks = next(module for module in self.vision_tower.modules() if isinstance(module, nn.ModuleList))
+        block = blocks[len(blocks) + feature_layer if feature_layer < 0 else feature_layer - 1]
+        seen, thread = {}, threading.get_ident()
+
+        def keep(module, args, kwargs, output):
+            if threading.get_ident() == thread:
+                seen["input"] = args[0] if args else kwargs["hidden_states"]
+                seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
+
+        hook = block.register_forward_hook(keep, with_kwargs=True)
+        try:
+            outputs = encode()
+        finally:
+            hook.remove()
+        attention, keys = class_token_attention(block, seen["input"].detach())
+        channels = torch.cat([attention[..., None], keys, seen["output"][:, 1:].float()], dim=-1)
+        for features in outputs.pooler_output:
+            num_tiles = features.packed_tiles.num_tiles if hasattr(features, "packed_tiles") else 1
+            rows, channels = self.pack_channels(channels[:num_tiles], features), channels[num_tiles:]
+            parts = rows.split([1, keys.shape[-1], rows.shape[-1] - 1 - keys.shape[-1]], dim=-1)
+            features.tower = TowerSignals(parts[0][:, 0], parts[2], parts[1], self.project_states)
+        return outputs
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the vision tower, [n, tower_size] to [n, hidden_size]."""
+        return self.multi_modal_projector(states.to(self.dtype)[None])[0]
+
+    def pack_channels(self, channels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """[tiles, patches, c], what is known of an image's patches -> [num_features, c], in the order of its features."""
+        return nn.functional.pad(channels[0], (0, 0, len(features) - channels.shape[1], 0))
+
+
+@torch.no_grad()
+def class_token_attention(block: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much the class token attends to each patch in a block of CLIP's tower, and the patches' keys, as means over heads.
+
+    Args:
+        hidden_states: [tiles, 1 + patches, tower_size], the block's input.
+
+    Returns:
+        [tiles, patches] and [tiles, patches, head_dim], float32. The softmax is over the class token too.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden_states)
+    shape = (attention.num_heads, attention.head_dim)
+    query = attention.q_proj(normed[:, 0]).unflatten(-1, shape).float()
+    keys = attention.k_proj(normed).unflatten(-1, shape).float()
+    weights = (torch.einsum("thd,tnhd->thn", query, keys) * attention.head_dim**-0.5).softmax(-1)
+    return weights.mean(1)[:, 1:], keys.mean(2)[:, 1:]
+
 
 class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     """`LlavaModel` whose decoder drops visual tokens. `last_hidden_state` keeps the caller's length, with zeros where a token
@@ -85,13 +151,15 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     ):
         """As in the stock class. Each tensor of `pooler_output` gets an attribute `grid_views` that says what grid it forms,
         because the features travel through `generate` without the arguments that would tell."""
-        outputs = super().get_image_features(
+        encode = partial(
+            super().get_image_features,
             pixel_values,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_sizes=image_sizes,
             **(kwargs | {"return_dict": True}),
         )
+        outputs = self.with_tower_signals(encode, vision_feature_layer)
         sizes = [pixel_values.shape[-2:]] * len(outputs.pooler_output) if image_sizes is None else image_sizes
         for features, (height, width) in zip(outputs.pooler_output, sizes, strict=True):
             features.grid_views = self._grid_views(len(features), int(height), int(width))
@@ -131,6 +199,12 @@ class AnyResolutionMixin(PrunedLlavaModelMixin):
         for image, (features, tiles) in enumerate(zip(packed, image_features, strict=True)):
             features.packed_tiles = PackedTiles(*tiles.shape[:2], image, image_sizes, options)
         return packed, lengths
+
+    def pack_channels(self, channels, features):
+        tiles = features.packed_tiles
+        channels = nn.functional.pad(channels, (0, 0, tiles.tile_length - channels.shape[1], 0))  # a class token's row
+        options = tiles.options | {"image_newline": channels.new_zeros(channels.shape[-1])}
+        return super().pack_image_features([channels], [tiles.image_sizes[tiles.image]], **options)[0][0]
 
     def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
         if not hasattr(features, "packed_tiles"):
@@ -177,7 +251,9 @@ def with_image_sizes(get_image_features: Callable) -> Callable:
                 f"{type(self).__name__} got pixel_values but no image_sizes, the (height, width) of each image before it was "
                 "cut into tiles. Pass what the processor returned for the same images."
             )
-        return get_image_features(self, pixel_values, image_sizes, *args, **kwargs)
+        encode = partial(get_image_features, self, pixel_values, image_sizes, *args, **kwargs | {"return_dict": True})
+        outputs = self.with_tower_signals(encode, args[0] if args else kwargs.get("vision_feature_layer"))
+        return outputs if kwargs.get("return_dict", True) else outputs.to_tuple()
 
     return checked
 

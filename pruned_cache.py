@@ -55,7 +55,9 @@ class PrunedImage:
         modality: "image" or "video".
         grid: (height, width) of the grid in tokens, or (frames, height, width).
         positions: [num_visual] int64, place of each of the grid's tokens in the sequence, padding included.
-        order: [num_kept] int64, indices into the grid (row-major) in order of selection.
+        order: [num_kept] int64, indices into the grid (row-major) in order of selection; of the last stage where there are
+            several, and then possibly none.
+        stages: for each stage its decoder layer, and what was left from it on, as `order`.
     """
 
     row: int
@@ -65,6 +67,7 @@ class PrunedImage:
     grid: tuple[int, ...]
     positions: torch.LongTensor
     order: torch.LongTensor
+    stages: tuple[tuple[int, torch.LongTensor], ...] = ()
 
     @property
     def kept(self) -> torch.LongTensor:
@@ -78,6 +81,14 @@ class PrunedImage:
     @property
     def num_kept(self) -> int:
         return self.order.shape[0]
+
+    def mean_kept(self, num_layers: int, first: int | None = None) -> float:
+        """Tokens that a layer sees, on average over the layers from `first` on, by default the first stage's. 0 is all."""
+        first = self.stages[0][0] if first is None else first
+        ends = [layer for layer, _ in self.stages[1:]] + [num_layers]
+        widths = [(end - max(layer, first), len(order)) for (layer, order), end in zip(self.stages, ends, strict=True)]
+        seen = sum(width * count for width, count in widths) + max(self.stages[0][0] - first, 0) * self.num_visual
+        return seen / (num_layers - first)
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,7 @@ class PrunedCacheState:
 
     def __init__(self, layer: int):
         self.layer = layer
+        self.is_packed = False  # whether the positions of these layers count the kept tokens alone
         self.clear()
 
     def clear(self) -> None:
@@ -224,21 +236,17 @@ class PrunedCacheState:
             later = attention_mask[:, self.full_length :].to(described.device, torch.bool)
         return torch.cat([described, later], dim=1)
 
-    def crop(self, target: int, num_entries: int) -> int:
-        """Forget what lies at and after `target` in the full sequence.
+    def dropped_of_rows(self, batch: int) -> torch.LongTensor:
+        """How many tokens of each row these layers do not hold. [batch] int64, on the host."""
+        dropped = torch.zeros(batch, dtype=torch.long)
+        for image in self.record:
+            dropped[image.row] += image.num_visual - image.num_kept
+        return dropped
 
-        Args:
-            target: full sequence length to go back to, below the present one.
-            num_entries: how many entries the pruned layers hold now.
-
-        Returns:
-            How many entries to remove from the pruned layers.
-
-        Raises:
-            ValueError: where the cut would go through an image, or leave rows of different length.
-        """
+    def check_crop(self, target: int) -> None:
+        """Raise a ValueError where a cut at `target` would go through an image, or leave rows of different length."""
         if target >= self.full_length:
-            return num_entries - self.num_entries - (target - self.full_length)
+            return
         self._settle_rows()
         gone = self.positions >= target
         stays = (self.positions >= 0) & ~gone
@@ -252,6 +260,27 @@ class PrunedCacheState:
                 f"Cropping this cache to {target} tokens would cut {where}, where tokens were pruned. "
                 "Crop to a length at which every image is wholly in or wholly out."
             )
+
+    def crop(self, target: int, num_entries: int) -> int:
+        """Forget what lies at and after `target` in the full sequence.
+
+        Args:
+            target: full sequence length to go back to, below the present one.
+            num_entries: how many entries the pruned layers hold now.
+
+        Returns:
+            How many entries to remove from the pruned layers.
+
+        Raises:
+            ValueError: as `check_crop`.
+        """
+        self.check_crop(target)
+        if target >= self.full_length:
+            return num_entries - self.num_entries - (target - self.full_length)
+        self._settle_rows()
+        gone = self.positions >= target
+        stays = (self.positions >= 0) & ~gone
+        num_stay = int(stays.any(0).nonzero().max()) + 1 if stays.any() else 0
         removed = num_entries - num_stay
         self.positions = self.positions[:, :num_stay]
         self.full_length = target
@@ -387,9 +416,10 @@ class NotedLayerMixin(FollowingMixin):
     name_prefix = "Noted"
     position_notes: PositionNotes
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int, full_length: int | None = None) -> None:
+        """As in the stock class; `full_length` is that of the notes to keep, where the layer holds fewer tokens."""
         super().crop(tokens_to_remove)
-        self.position_notes.crop(int(self.get_seq_length()))
+        self.position_notes.crop(int(self.get_seq_length()) if full_length is None else full_length)
 
     def reset(self) -> None:
         super().reset()
@@ -421,65 +451,112 @@ def position_notes(cache: Cache) -> PositionNotes:
 
 
 class PrunedCacheMixin(FollowingMixin):
-    """Put in front of a cache's class when its layers from `pruning_state.layer` on hold fewer tokens than those below."""
+    """Put in front of a cache's class when some of its layers hold fewer tokens than the full sequence has.
+
+    `pruning_states` has a state for each stage, by its layer. The layers below the first hold all tokens. Where layer 0 is
+    pruned as well, `get_seq_length()` is still the length of the full sequence, which positions and masks count by.
+    """
 
     name_prefix = "Pruned"
-    pruning_state: PrunedCacheState
+    pruning_states: dict[int, PrunedCacheState]
 
     @property
     def pruning_record(self) -> PruningRecord:
         """What was kept of each image, over all turns that this cache holds."""
-        return self.pruning_state.record
+        return self._last_state.record
+
+    @property
+    def _last_state(self) -> PrunedCacheState:
+        return self.pruning_states[max(self.pruning_states)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        length = super().get_seq_length(layer_idx)
+        if layer_idx == 0 and 0 in self.pruning_states:
+            state = self.pruning_states[0]
+            length = length + (state.full_length - state.num_entries)
+        return length
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negated number of tokens to remove from a pruned cache, got {tokens_to_remove}.")
-        full_length, layer = int(self.get_seq_length()), self.pruning_state.layer
+        full_length = int(self.get_seq_length())
         target = max(full_length + tokens_to_remove, 0)
-        removed = full_length - target
-        removed_pruned = self.pruning_state.crop(target, int(self.get_seq_length(layer))) if removed else 0
+        if target == full_length:
+            return
+        removed, removed_pruned, states = full_length - target, {}, self.pruning_states
+        for state in states.values():
+            state.check_crop(target)
+        for layer, state in states.items():
+            removed_pruned[layer] = state.crop(target, int(self.layers[layer].get_seq_length()))
         for number, cache_layer in enumerate(self.layers):
-            cache_layer.crop(-removed if number < layer else -removed_pruned)
+            stage = max((layer for layer in states if layer <= number), default=None)
+            if number == 0 and stage == 0 and isinstance(cache_layer, NotedLayerMixin):
+                cache_layer.crop(-removed_pruned[0], full_length=target)
+            else:
+                cache_layer.crop(-removed if stage is None else -removed_pruned[stage])
 
     def reset(self) -> None:
         super().reset()
-        self.pruning_state.clear()
+        for state in self.pruning_states.values():
+            state.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self.pruning_state.move_rows(beam_idx)
+        for state in self.pruning_states.values():
+            state.move_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.pruning_state.move_rows(torch.as_tensor(indices))
+        for state in self.pruning_states.values():
+            state.move_rows(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.pruning_state.repeat_rows(repeats)
+        for state in self.pruning_states.values():
+            state.repeat_rows(repeats)
+
+
+def pruning_states(cache: Cache | None) -> list[PrunedCacheState]:
+    """The states of a cache that was pruned, by layer; else none."""
+    states = getattr(cache, "pruning_states", None) or {}
+    return [state for _, state in sorted(states.items()) if state.positions is not None]
 
 
 def pruning_state(cache: Cache | None) -> PrunedCacheState | None:
-    """The state of a cache that was pruned, else None."""
-    state = getattr(cache, "pruning_state", None)
-    return state if state is not None and state.positions is not None else None
+    """The state of the last stage of a cache that was pruned, else None."""
+    states = pruning_states(cache)
+    return states[-1] if states else None
+
+
+def state_of_layer(cache: Cache | None, layer: int) -> PrunedCacheState | None:
+    """The state of the stage at `layer` of a cache that was pruned, else None."""
+    return next((state for state in pruning_states(cache) if state.layer == layer), None)
 
 
 def open_state(cache: Cache, layer: int) -> PrunedCacheState:
+    """The state of the stage at `layer`, made where there is none; the cache becomes one that knows of pruning."""
     if not isinstance(cache, PrunedCacheMixin):
         cache.__class__ = _class_in_front(PrunedCacheMixin, type(cache))
-        cache.pruning_state = PrunedCacheState(layer)
-    cache.pruning_state.layer = layer
-    return cache.pruning_state
+        cache.pruning_states = {}
+    if not pruning_states(cache):
+        cache.pruning_states = {}  # of a cache that was emptied, which may be pruned at other layers now
+    return cache.pruning_states.setdefault(layer, PrunedCacheState(layer))
 
 
-def continued_padding_mask(cache: Cache, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The 2-D mask of the pruned layers in a call of `length` tokens that adds no image.
+def mask_layer(layer: int) -> int:
+    """The cache layer whose length masks of a stage at `layer` are made by: that of layer 0 is given as the full one."""
+    return max(layer, 1)
+
+
+def continued_padding_mask(
+    cache: Cache, state: PrunedCacheState, attention_mask: torch.Tensor | None, length: int
+) -> torch.Tensor | None:
+    """The 2-D mask of the layers that a state is of, in a call of `length` tokens that adds no image.
 
     Raises:
         ValueError: if the caller's 2-D `attention_mask` does not cover the tokens since the last pruned call.
     """
-    state = cache.pruning_state
-    kv_length, _ = cache.get_mask_sizes(length, state.layer)
+    kv_length, _ = cache.get_mask_sizes(length, mask_layer(state.layer))
     if attention_mask is not None and not cache.is_compileable:
         needed = state.full_length + kv_length - state.num_entries
         if attention_mask.shape[1] != needed:

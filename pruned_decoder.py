@@ -17,11 +17,13 @@ Notable choices:
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_vlmpruner import PruningSettings
@@ -31,15 +33,18 @@ from .pruned_cache import (
     PrunedImage,
     PruningRecord,
     continued_padding_mask,
+    mask_layer,
     open_state,
-    pruning_state,
+    pruning_states,
+    state_of_layer,
 )
-from .token_pruning import SELECTORS, Selection, aggregate_tokens, num_tokens_to_keep
+from .pruning_method import StageTokens, TowerSignals
+from .token_pruning import Selection, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
 
-# Key of the pruned layers' mask among the masks that `generate` makes in advance for compiled decoding.
-PRUNED_MASK = "pruned_attention"
+# Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer.
+PRUNED_MASK = "pruned_attention_"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class VisualGrid:
     """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep.
 
     `columns` is ascending and on the host. `keeps_last` says that the last of them must stay, because its output is needed.
+    `features` are those of the image, of which the grid's are `tokens` [num_visual].
     """
 
     row: int
@@ -106,6 +112,21 @@ class VisualGrid:
     columns: torch.LongTensor
     num_keep: int
     keeps_last: bool = False
+    features: torch.Tensor | None = None
+    tokens: torch.LongTensor | None = None
+
+    def tower(self) -> TowerSignals:
+        """What the vision tower knows of the grid's tokens.
+
+        Raises:
+            ValueError: for features that came without it.
+        """
+        if not hasattr(self.features, "tower"):
+            raise ValueError(
+                f"The {self.modality} features of shape {tuple(self.features.shape)} do not tell what the vision tower "
+                "attended to, which pruning_method looks at. Encode the pixels after pruning_method is set."
+            )
+        return self.features.tower.of(self.tokens)
 
 
 def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
@@ -124,7 +145,9 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
         for number, view in enumerate(views):
             tokens = view.token_indices()
             num_keep = num_tokens_to_keep(len(tokens), ratio)
-            grids.append(VisualGrid(row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep))
+            features = visual.features[image]
+            place = (row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep)
+            grids.append(VisualGrid(*place, features=features, tokens=tokens))
     return grids
 
 
@@ -151,6 +174,22 @@ def keep_needed_outputs(
         return last == last_candidate[grid.row] and (is_end or last == length - num_outputs)
 
     return [replace(grid, keeps_last=is_needed(grid)) for grid in grids]
+
+
+def ends_of_prompts(is_token: torch.BoolTensor, is_visual: torch.BoolTensor, num_outputs: int) -> torch.LongTensor:
+    """The column of the last token of each row's prompt: where the first of `num_outputs` is, but not before an image's end.
+
+    So a method that looks at the prompt's last token sees the same one when decoding runs the whole sequence again, without a
+    cache, and when text was drafted behind the prompt.
+
+    Args:
+        is_token: [batch, length] bool, False at padding.
+        is_visual: [batch, length] bool.
+        num_outputs: number of outputs that are asked for, or 0 where it is not said, and the prompt is the whole row.
+    """
+    columns = torch.arange(is_token.shape[1])
+    limit = torch.where(is_visual, columns, -1).amax(1).clamp_min(is_token.shape[1] - max(num_outputs, 1))
+    return torch.where(is_token & (columns <= limit[:, None]), columns, 0).amax(1)
 
 
 def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
@@ -183,12 +222,20 @@ class Packing:
         valid: [batch, packed_length] bool, False where a place is padding; None when no place is.
         kept: [batch, length] bool, whether a token goes on.
         merged_places: the (row, packed place) of each kept visual token, ascending; None where nothing is merged into them.
+        place: [batch, length] int64, the packed place of each kept token.
     """
 
     index: torch.LongTensor
     valid: torch.BoolTensor | None
     kept: torch.BoolTensor
-    merged_places: tuple[torch.LongTensor, torch.LongTensor] | None
+    merged_places: tuple[torch.LongTensor, torch.LongTensor] | None = None
+    place: torch.LongTensor | None = None
+
+    def following(self, earlier: "Packing") -> "Packing":
+        """This packing of what an earlier one packed, as one."""
+        index = earlier.index.gather(1, self.index)
+        goes_on = torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid
+        return Packing(index, self.valid, torch.zeros_like(earlier.kept).scatter(1, index, goes_on))
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """[batch or 1, length, ...] -> [batch, packed_length, ...]"""
@@ -210,35 +257,51 @@ def _over_features(per_token: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 
 class PackedGrids:
-    """The visual tokens of all grids of a call, one grid after another, and the text that stays: where they are.
+    """The visual tokens of all grids that a stage finds, one grid after another, and the text that stays: where they are.
 
     Args:
         grids: ordered by row.
+        num_keep: how many tokens of each grid the stage is to keep.
         is_text: [batch, length] bool, on the host.
         device: where the tensors are made; the host does not wait for them.
 
     Attributes:
-        batch, layout: the grids for the selection.
-        rows, columns: [T] int64 each, where each token is in the batch.
-        places: [T] int64, where it is in the flattened batch.
+        sizes: how many tokens of each grid are there.
+        batch, layout: at the first stage, the grids for the selection.
+        rows, columns: [T] int64 each, where each token is among the tokens of the call.
+        places: [T] int64, where it is in the flattened batch as the stage finds it.
+        indices: [T] int64, its place in its grid.
         is_text: [batch, length] bool, on the device.
         hidden_states: [T, hidden_size] from the selection to the merge, else None.
     """
 
-    def __init__(self, grids: Sequence[VisualGrid], is_text: torch.BoolTensor, device: torch.device):
-        self.device = device
+    def __init__(self, grids: Sequence[VisualGrid], num_keep: Sequence[int], is_text: torch.BoolTensor, device: torch.device):
+        self.device, self.grids = device, grids
         required = [len(grid.columns) - 1 if grid.keeps_last else None for grid in grids]
-        self.batch = GridBatch([grid.grid for grid in grids], [grid.num_keep for grid in grids], device, required)
+        self.batch = GridBatch([grid.grid for grid in grids], num_keep, device, required)
+        self.sizes, self.num_keep = self.batch.sizes, self.batch.num_keep
         rows = torch.cat([torch.full_like(grid.columns, grid.row) for grid in grids])
         columns = torch.cat([grid.columns for grid in grids])
         self.rows, self.columns, self.places = upload(
             torch.stack([rows, columns, rows * is_text.shape[1] + columns]), device
         ).unbind()
         self.is_text = upload(is_text, device)
-        self.row_of_grid = [grid.row for grid in grids]
         self.num_text = is_text.sum(1).tolist()
         self.layout = self.batch.layout  # made now, not in the middle of the layers
+        self.indices = self.layout.place
         self.hidden_states: torch.Tensor | None = None
+
+    def after(self, selection: Selection, packing: Packing, num_keep: Sequence[int]) -> "PackedGrids":
+        """Those of the next stage."""
+        later, chosen = copy(self), selection.kept
+        later.batch = later.layout = later.hidden_states = None
+        later.sizes, later.num_keep = selection.counts, tuple(map(min, num_keep, selection.counts))
+        later.rows, later.columns, later.indices = self.rows[chosen], self.columns[chosen], self.indices[chosen]
+        later.places = later.rows * packing.index.shape[1] + packing.place.view(-1)[self.places[chosen]]
+        later.is_text = packing.pack(self.is_text)
+        if packing.valid is not None:
+            later.is_text = later.is_text & packing.valid
+        return later
 
     def take(self, states: torch.Tensor) -> torch.Tensor:
         """The tokens' [T, ...] of [batch, length, ...]."""
@@ -247,8 +310,8 @@ class PackedGrids:
     def counts_of_rows(self, counts: Sequence[int] | None = None) -> list[int]:
         """Number of tokens that go on in each row, where each grid keeps `counts`, by default what it is to keep."""
         totals = list(self.num_text)
-        for row, count in zip(self.row_of_grid, counts or self.batch.num_keep, strict=True):
-            totals[row] += count
+        for grid, count in zip(self.grids, self.num_keep if counts is None else counts, strict=True):
+            totals[grid.row] += count
         return totals
 
     def valid(self, counts_of_rows: Sequence[int]) -> torch.BoolTensor | None:
@@ -260,86 +323,153 @@ class PackedGrids:
 
 
 class KeyRecorder:
-    """A cache as one attention layer sees it, which also leaves that layer's new keys (after RoPE) with the plan.
+    """A cache as one attention layer sees it, which also leaves that layer's keys (after RoPE) with the stage above.
 
     It works with every attention backend, and without a cache, because `update` is the one place all of them share.
     """
 
-    def __init__(self, cache: Cache | None, plan: "PruningPlan"):
+    def __init__(self, cache: Cache | None, stage: "PruningStage"):
         self.cache = cache
-        self.plan = plan
+        self.stage = stage
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if self.plan.packing is None:  # not where gradient checkpointing runs the layer again
-            self.plan.keys = key_states
+        is_first_run = self.stage.packing is None  # not where gradient checkpointing runs the layer again
+        if is_first_run:
+            self.stage.keys = key_states
         if self.cache is None:
-            return key_states, value_states
-        return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+            all_keys = key_states, value_states
+        else:
+            all_keys = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        if is_first_run and self.stage.query_inputs is not None:
+            self.stage.all_keys = all_keys[0]
+        return all_keys
 
     def __getattr__(self, name):
         return getattr(self.cache, name)
 
 
+class PruningStage:
+    """One layer at whose input tokens leave, in one call.
+
+    Attributes:
+        layer: that layer.
+        earlier: the stage before, if any.
+        num_keep: how many tokens of each grid it is to keep; empty in a call that only continues on a pruned cache.
+        prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
+        tokens, selection, packing: what it found, chose and where that goes, once it has run.
+        layer_inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs.
+    """
+
+    def __init__(self, layer: int, earlier: "PruningStage | None", num_keep: Sequence[int] = (), prepared_mask=None):
+        self.layer, self.earlier, self.num_keep, self.prepared_mask = layer, earlier, num_keep, prepared_mask
+        self.keys = self.all_keys = self.query_inputs = None
+        self.tokens = self.selection = self.packing = self.valid = self.padding_mask = self.mask = None
+        self.layer_inputs = self.layer_device = self.view = self._whole = None
+
+    @property
+    def whole_packing(self) -> Packing:
+        """From the call's tokens to those after this stage."""
+        if self.earlier is None:
+            return self.packing
+        if self._whole is None:
+            self._whole = self.packing.following(self.earlier.whole_packing)
+        return self._whole
+
+
 class PruningPlan:
-    """What one forward call does at and above the pruning layer.
+    """What one forward call does at and above the first pruning layer.
 
     It goes from layer to layer as it is. So it is no dataclass: FSDP copies those on their way.
 
     Args:
-        config: the decoder's config.
-        layer: the pruning layer.
+        decoder: the language model.
+        layers: those at whose input tokens leave, ascending.
         attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
         grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
         settings: how to select; None in such a call.
-        prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
-        past_length: full sequence length before the call, and `is_text` [batch, length] bool on the host, the call's tokens
-            that stay in any case, where there are `grids`.
+        prepared_masks: layer -> mask, where `generate` made them in advance.
+        past_length: full sequence length before the call, and `past_entries` what of it the layers from each of `layers` hold.
+        is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
+        is_prompt_text: the same without those of images that are on no grid, and those after the prompt.
+        prompt_ends: [batch] int64 on the host, the column of the last token of each row's prompt.
 
     Attributes:
+        layer: the first of the layers.
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
-        record: what was kept, once the pruning layer has run.
+        record: what was kept, once the last stage has run.
     """
 
     def __init__(
         self,
-        config: PreTrainedConfig,
-        layer: int,
+        decoder: nn.Module,
+        layers: Sequence[int],
         attention_mask: torch.Tensor | None = None,
         grids: Sequence[VisualGrid] = (),
         settings: PruningSettings | None = None,
-        prepared_mask: torch.Tensor | None = None,
+        prepared_masks: dict[int, torch.Tensor] | None = None,
         past_length: int = 0,
+        past_entries: dict[int, int] | None = None,
         is_text: torch.BoolTensor | None = None,
+        is_prompt_text: torch.BoolTensor | None = None,
+        prompt_ends: torch.LongTensor | None = None,
     ):
-        self.config, self.layer, self.attention_mask = config, layer, attention_mask
-        self.grids, self.settings, self.prepared_mask = grids, settings, prepared_mask
-        self.past_length, self.is_text = past_length, is_text
+        self.past_entries, self.is_prompt_text, self.prompt_ends = past_entries, is_prompt_text, prompt_ends
+        self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
+        self.settings, self.past_length, self.is_text = settings, past_length, is_text
+        self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.record: PruningRecord | None = None
-        self.keys: torch.Tensor | None = None
-        self.tokens: PackedGrids | None = None
-        self.selection: Selection | None = None
-        self.packing: Packing | None = None
-        self.valid: torch.BoolTensor | None = None
-        self.mask: torch.Tensor | None = None
-        self.layer_inputs: dict | None = None
-        self.layer_device: torch.device | None = None
+        counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
+        self.stages, prepared_masks = [], prepared_masks or {}
+        for number, layer in enumerate(layers):
+            earlier = self.stages[-1] if self.stages else None
+            num_keep = tuple(max(count[number], int(grid.keeps_last)) for count, grid in zip(counts, grids, strict=True))
+            self.stages.append(PruningStage(layer, earlier, num_keep, prepared_masks.get(layer)))
+        self.stage = self.stages[0]
+
+    @property
+    def layer(self) -> int:
+        return self.stages[0].layer
+
+    @property
+    def packing(self) -> Packing | None:
+        """From the call's tokens to those that go on to the end; None where no stage has run."""
+        return None if self.stages[-1].packing is None else self.stages[-1].whole_packing
+
+    @property
+    def layer_inputs(self) -> dict | None:
+        """What layers get since the stage that ran last."""
+        return self.stage.layer_inputs
+
+    def stage_of(self, layer_idx: int) -> PruningStage | None:
+        """The stage whose tokens layer `layer_idx` runs on; None below the first."""
+        return next((stage for stage in reversed(self.stages) if stage.layer <= layer_idx), None)
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
-        if layer_idx == 0 and self.tokens is not None and self._counts_are_known:
-            self._make_mask(hidden_states, inputs.get(CACHE_NAME), self.tokens.counts_of_rows())
-        if layer_idx == self.layer - 1 and self.grids:
-            inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), self)}
-        if layer_idx == self.layer:
-            hidden_states = self._enter(hidden_states, inputs)
-        if layer_idx >= self.layer:
-            if self.layer_device != hidden_states.device:
-                self.layer_inputs = _on_device(self.layer_inputs, hidden_states.device)
-                self.layer_device = hidden_states.device
-            inputs = inputs | self.layer_inputs
+        if layer_idx == 0 and self.stages[0].tokens is not None and self.method.counts_are_known:
+            for stage in self.stages:
+                counts = self.stages[0].tokens.counts_of_rows(stage.num_keep)
+                self._make_mask(stage, hidden_states, inputs.get(CACHE_NAME), counts)
+        stage = self.stage_of(layer_idx)
+        if stage is not None:
+            if layer_idx == stage.layer:
+                self.stage = stage
+                hidden_states = self._enter(hidden_states, inputs)
+            if stage.layer_device != hidden_states.device:
+                stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
+                stage.layer_device = hidden_states.device
+            inputs = inputs | stage.layer_inputs
+        if self.grids and (above := self._stage_at(layer_idx + 1)) is not None:
+            if above.packing is None and "attention" in self.method.looks_at:
+                above.query_inputs = self._last_tokens(stage, hidden_states, inputs)
+            inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), above)}
         return hidden_states, inputs
+
+    def _stage_at(self, layer_idx: int) -> PruningStage | None:
+        stage = self.stage_of(layer_idx)
+        return stage if stage is not None and stage.layer == layer_idx else None
 
     def unpack_outputs(self, outputs) -> None:
         """Give the decoder's `last_hidden_state` and `hidden_states` the caller's sequence length again, in place."""
@@ -348,8 +478,10 @@ class PruningPlan:
         outputs["last_hidden_state"] = self.packing.unpack(outputs.last_hidden_state)
         if outputs.hidden_states is not None:
             outputs["hidden_states"] = tuple(
-                self.packing.unpack(states) if number > self.layer and states is not None else states
-                for number, states in enumerate(outputs.hidden_states)
+                stage.whole_packing.unpack(states) if states is not None and stage is not None else states
+                for stage, states in zip(
+                    map(self.stage_of, range(-1, len(outputs.hidden_states) - 1)), outputs.hidden_states, strict=True
+                )
             )
 
     def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -357,60 +489,81 @@ class PruningPlan:
         layer = layer_idx - 1
         if not 0 <= layer < len(self.deepstack):
             return hidden_states
+        stage = self.stage_of(layer)
         for mask, features in self.deepstack[layer]:
             mask, features = mask.to(hidden_states.device), features.to(hidden_states.device, hidden_states.dtype)
             added = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
-            if layer >= self.layer and self.packing is not None:
-                added = self.packing.pack(added)
+            if stage is not None and stage.packing is not None:
+                added = stage.whole_packing.pack(added)
             hidden_states = hidden_states + added
         return hidden_states
 
     def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        cache, self.layer_device = inputs.get(CACHE_NAME), hidden_states.device
+        stage, cache = self.stage, inputs.get(CACHE_NAME)
+        stage.layer_device = hidden_states.device
         if not self.grids:
-            self.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
+            stage.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
+            stage.layer_inputs |= self._continued_positions(cache, hidden_states, inputs)
             return hidden_states
-        is_first_run = self.packing is None  # gradient checkpointing runs a layer again: same tokens, new graph
+        is_first_run = stage.packing is None  # gradient checkpointing runs a layer again: same tokens, new graph
+        embeddings = (
+            inputs["position_embeddings"] if stage.earlier is None else stage.earlier.layer_inputs["position_embeddings"]
+        )
         if is_first_run:
-            self._select(hidden_states)
+            self._select(hidden_states, embeddings, cache)
             self._make_packing(hidden_states, cache)
         packed = self._pack_and_merge(hidden_states)
         if is_first_run:
-            self.layer_inputs = {
-                "attention_mask": self.mask,
-                "position_ids": None,
-                "position_embeddings": tuple(self.packing.pack(part) for part in inputs["position_embeddings"]),
-            }
-            self.layer_inputs = _on_device(self.layer_inputs, hidden_states.device)
+            if self.settings.positions == "packed":
+                embeddings = self._packed_positions(cache, packed, inputs)
+            else:
+                embeddings = tuple(stage.packing.pack(part.to(packed.device)) for part in embeddings)
+            stage.layer_inputs = {"attention_mask": stage.mask, "position_ids": None, "position_embeddings": embeddings}
+            stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
             self._remember(cache)
         return packed
 
     def prepare(self, device: torch.device) -> None:
         """Put on `device` what selection and packing need there."""
-        self.tokens = PackedGrids(self.grids, self.is_text, device)
+        self.stages[0].tokens = PackedGrids(self.grids, self.stages[0].num_keep, self.is_text, device)
 
-    @property
-    def _counts_are_known(self) -> bool:
-        return self.settings.method != "vlm_pruner" or self.settings.parameters.fill_budget
-
-    def _select(self, hidden_states: torch.Tensor) -> None:
+    @torch.no_grad()  # what is looked at has no part in a graph that gradient checkpointing makes again
+    def _select(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> None:
+        stage = self.stage
         num_heads = self.config.num_key_value_heads
-        if self.keys.shape[1] != num_heads:
+        if stage.keys is not None and stage.keys.shape[1] != num_heads:
             raise ValueError(
-                f"Decoder layer {self.layer - 1} has {self.keys.shape[1]} key heads here, the whole model {num_heads}. Tensor "
-                "parallelism is not supported, because each rank would choose other tokens."
+                f"Decoder layer {stage.layer - 1} has {stage.keys.shape[1]} key heads here, the whole model {num_heads}. "
+                "Tensor parallelism is not supported, because each rank would choose other tokens."
             )
-        if self.tokens.device != hidden_states.device:
+        if stage.earlier is not None:
+            stage.tokens = stage.earlier.tokens.after(stage.earlier.selection, stage.earlier.packing, stage.num_keep)
+        elif stage.tokens.device != hidden_states.device:
             self.prepare(hidden_states.device)
-        self.tokens.hidden_states = self.tokens.take(hidden_states.detach())
-        keys = self.tokens.take(self.keys.detach().to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
-        self.keys = None
-        select = SELECTORS[self.settings.method]
-        self.selection = select(self.tokens.hidden_states, keys, self.tokens.batch, self.settings.parameters)
+        tokens = stage.tokens
+        tokens.hidden_states = tokens.take(hidden_states.detach())
+        keys = None
+        if stage.keys is not None:
+            keys = tokens.take(stage.keys.detach().to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
+        stage.view = StageTokens(
+            stage=self.stages.index(stage),
+            hidden_states=tokens.hidden_states,
+            keys=keys,
+            indices=tokens.indices,
+            grids=[grid.grid for grid in self.grids],
+            sizes=tokens.sizes,
+            num_keep=tokens.num_keep,
+            keeps_last=[grid.keeps_last for grid in self.grids],
+            batch=tokens.batch,
+            signals=self._signals(hidden_states, embeddings, cache) if self.method.looks_at - {"keys"} else {},
+        )
+        stage.selection = self.method.select_batch(stage.view)
+        stage.keys = stage.all_keys = None
 
     def _make_packing(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
-        length, tokens, chosen = hidden_states.shape[1], self.tokens, self.selection.kept
-        counts = tokens.counts_of_rows(self.selection.counts)
+        stage = self.stage
+        length, tokens, chosen = hidden_states.shape[1], stage.tokens, stage.selection.kept
+        counts = tokens.counts_of_rows(stage.selection.counts)
         packed_length = max(counts)
         kept = tokens.is_text.clone()
         kept.view(-1).index_fill_(0, tokens.places[chosen], True)
@@ -419,65 +572,217 @@ class PruningPlan:
         # The last kept token of a row has place packed_length - 1, counted back from there.
         place = packed_length - kept.flip(1).cumsum(1).flip(1)
         merged_places = None
-        if self.selection.members is not None and self.settings.parameters.aggregation_weight < 1:
+        if self.method.has_merge:
             merged_places = tokens.rows[chosen], place.view(-1)[tokens.places[chosen]]
-        if not self._counts_are_known:
-            self._make_mask(hidden_states, cache, counts)
-        valid = None if self.valid is None else self.valid.to(index.device)
-        self.packing = Packing(index, valid, kept, merged_places)
+        if not self.method.counts_are_known:
+            self._make_mask(stage, hidden_states, cache, counts)
+        valid = None if stage.valid is None else stage.valid.to(index.device)
+        stage.packing = Packing(index, valid, kept, merged_places, place)
 
     def _pack_and_merge(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        packed = self.packing.pack(hidden_states)
-        if self.packing.merged_places is None:
+        stage = self.stage
+        packed = stage.packing.pack(hidden_states)
+        if stage.packing.merged_places is None:
+            stage.tokens.hidden_states = None
             return packed
-        states, self.tokens.hidden_states = self.tokens.hidden_states, None
+        states, stage.tokens.hidden_states = stage.tokens.hidden_states, None
         if states is None or torch.is_grad_enabled():  # the gradient belongs to this run of the layer
-            states = self.tokens.take(hidden_states)
-        merged = aggregate_tokens(states, self.selection, self.settings.parameters.aggregation_weight)
-        return packed.index_put_(self.packing.merged_places, merged)
+            states = stage.tokens.take(hidden_states)
+        merged = self.method.merge(states, stage.selection, stage.view)
+        return packed.index_put_(stage.packing.merged_places, merged)
 
-    def _make_mask(self, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> None:
-        """The mask of the pruned layers, whose rows will hold `counts` tokens of this call."""
-        packed, self.valid = hidden_states[:, : max(counts)], self.tokens.valid(counts)
-        padding_mask = self.valid
+    def _make_mask(self, stage: PruningStage, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> None:
+        """The mask of the layers from a stage on, whose rows will hold `counts` tokens of this call."""
+        packed, stage.valid = hidden_states[:, : max(counts)], self.stages[0].tokens.valid(counts)
+        padding_mask = stage.valid
         if cache is not None:
-            kv_length, _ = cache.get_mask_sizes(packed.shape[1], self.layer)
-            state = pruning_state(cache) or PrunedCacheState(self.layer)
-            padding_mask = state.padding_mask_with(self.valid, packed, self.past_length, self.attention_mask, kv_length)
-        self.mask = self._causal_mask(packed, padding_mask, cache)
+            kv_length, _ = cache.get_mask_sizes(packed.shape[1], mask_layer(stage.layer))
+            state = state_of_layer(cache, stage.layer) or PrunedCacheState(stage.layer)
+            padding_mask = state.padding_mask_with(stage.valid, packed, self.past_length, self.attention_mask, kv_length)
+        stage.padding_mask = padding_mask
+        stage.mask = self._causal_mask(stage, packed, padding_mask, cache)
 
     def _remember(self, cache: Cache | None) -> None:
         """Write down what was kept, here and with the cache."""
-        order = self.tokens.layout.place[self.selection.order].split(self.selection.counts)
-        positions = (self.tokens.columns + self.past_length).split(self.tokens.batch.sizes)
+        stage, tokens = self.stage, self.stage.tokens
+        order = tokens.indices[stage.selection.order].split(stage.selection.counts)
+        positions = (self.stages[0].tokens.columns + self.past_length).split(self.stages[0].tokens.sizes)
+        before = [image.stages for image in self.record] if self.record is not None else [()] * len(self.grids)
         self.record = PruningRecord(
             tuple(
-                PrunedImage(grid.row, grid.image, grid.view, grid.modality, grid.grid, *places)
-                for grid, *places in zip(self.grids, positions, order, strict=True)
+                PrunedImage(
+                    grid.row,
+                    grid.image,
+                    grid.view,
+                    grid.modality,
+                    grid.grid,
+                    *places,
+                    stages=(*earlier, (stage.layer, places[1])),
+                )
+                for grid, earlier, *places in zip(self.grids, before, positions, order, strict=True)
             )
         )
         if cache is not None:
-            index, valid, length = self.packing.index, self.packing.valid, self.packing.kept.shape[1]
-            state = open_state(cache, self.layer)
-            state.extend(index, valid, length, self.past_length, self.record, self.attention_mask)
+            packing = stage.whole_packing
+            state = open_state(cache, stage.layer)
+            state.extend(
+                packing.index, packing.valid, packing.kept.shape[1], self.past_length, self.record, self.attention_mask
+            )
+            state.is_packed = self.settings.positions == "packed"
 
     def _continued_mask(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-        if self.prepared_mask is not None:
-            return self.prepared_mask
-        padding_mask = continued_padding_mask(cache, self.attention_mask, hidden_states.shape[1])
+        if self.stage.prepared_mask is not None:
+            return self.stage.prepared_mask
+        state = state_of_layer(cache, self.stage.layer)
+        padding_mask = continued_padding_mask(cache, state, self.attention_mask, hidden_states.shape[1])
         if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable:
             return None  # one token sees all entries: as under every backend without a mask, and without the work of making one
-        return self._causal_mask(hidden_states, padding_mask, cache)
+        return self._causal_mask(self.stage, hidden_states, padding_mask, cache)
 
-    def _causal_mask(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
+    def _causal_mask(
+        self, stage: PruningStage, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None
+    ):
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=padding_mask,
             position_ids=None,
-            layer_idx=self.layer,
+            layer_idx=mask_layer(stage.layer),
             **{CACHE_NAME: cache},
         )
+
+    def _continued_positions(self, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
+        """Position embeddings of new tokens, where kept ones were packed; else those that the decoder made stay."""
+        if not state_of_layer(cache, self.stage.layer).is_packed:
+            return {}
+        dropped = upload(state_of_layer(cache, self.stage.layer).dropped_of_rows(len(hidden_states)), hidden_states.device)
+        return {"position_embeddings": self.decoder.rotary_emb(hidden_states, inputs["position_ids"] - dropped[:, None])}
+
+    def _packed_positions(self, cache: Cache | None, packed: torch.Tensor, inputs: dict) -> tuple:
+        """Position embeddings that count the kept tokens alone."""
+        packing, device = self.stage.whole_packing, packed.device
+        is_dropped = ~packing.kept
+        if self.attention_mask is not None:
+            is_dropped = is_dropped & upload(self._new_mask(is_dropped.shape[1]), device)
+        before = is_dropped.cumsum(1)
+        state = None if cache is None else state_of_layer(cache, self.stage.layer)
+        if state is not None:
+            before = before + upload(state.dropped_of_rows(len(packed)), device)[:, None]
+        return self.decoder.rotary_emb(packed, packing.pack(inputs["position_ids"] - before))
+
+    # What methods look at
+
+    def _last_tokens(self, below: PruningStage | None, hidden_states: torch.Tensor, inputs: dict) -> tuple:
+        """The last token of each row's prompt in a layer's input, [batch, hidden_size], its position embeddings, [batch, dim]
+        each, and its place, [batch]."""
+        last = self._last_places(below, hidden_states)
+        rows = torch.arange(len(last), device=last.device)
+        embeddings = (part.to(last.device).expand(len(last), -1, -1) for part in inputs["position_embeddings"])
+        return hidden_states.detach()[rows, last], tuple(part[rows, last] for part in embeddings), last
+
+    def _last_places(self, below: PruningStage | None, hidden_states: torch.Tensor) -> torch.LongTensor:
+        """The place of each row's last token of the prompt, as the stage `below` left them. [batch]"""
+        if below is None:
+            return upload(self.prompt_ends, hidden_states.device)
+        tokens_after = self.is_text & (torch.arange(self.is_text.shape[1]) > self.prompt_ends[:, None])
+        return upload(hidden_states.shape[1] - 1 - tokens_after.sum(1), hidden_states.device)
+
+    def _signals(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> dict:
+        """What the method looks at beside hidden states and keys; see `ImageTokens`."""
+        stage, looks_at, signals = self.stage, self.method.looks_at, {}
+        below, num_new = stage.earlier, hidden_states.shape[1]
+        if "attention" in looks_at:
+            mask = self.attention_mask if below is None else below.padding_mask
+            num_past = self.past_length if below is None else self.past_entries[below.layer]
+            keys = stage.all_keys[:, :, : num_past + num_new]
+            signals |= self._attention(self.decoder.layers[stage.layer - 1], stage.query_inputs, keys, mask)
+        if "own_attention" in looks_at:
+            layer = self.decoder.layers[stage.layer]
+            last = self._last_tokens(below, hidden_states, {"position_embeddings": embeddings})
+            keys = projected(layer, "k", hidden_states.detach(), embeddings)
+            mask = self._new_mask(num_new) if below is None else below.valid
+            if num_past := self.past_entries[stage.layer]:
+                keys = torch.cat([cache.layers[stage.layer].keys[:, :, :num_past].to(keys), keys], dim=2)
+                mask = self._with_past(mask, cache, num_past, len(hidden_states), num_new)
+            signals |= self._attention(layer, last, keys, mask)
+        if "text" in looks_at:
+            is_text = upload(self.is_prompt_text, hidden_states.device)
+            if below is not None:
+                is_text = below.whole_packing.pack(is_text & below.whole_packing.kept)
+            signals |= {
+                "text": partial(self._text_of, hidden_states.detach(), is_text, stage.keys),
+                "final_norm": self.decoder.norm,
+            }
+        if "tower" in looks_at:
+            signals["tower"] = lambda image: self.grids[image].tower()
+        return signals
+
+    def _new_mask(self, length: int) -> torch.BoolTensor | None:
+        """[batch, length] bool on the host, the call's tokens that are no padding; None where none is."""
+        return None if self.attention_mask is None else self.attention_mask[:, -length:] != 0
+
+    def _with_past(self, mask: torch.Tensor | None, cache: Cache, num_past: int, batch: int, num_new: int):
+        """The mask of a call's tokens with that of the stage's cache in front; None where neither has padding."""
+        seen = None if self.attention_mask is None else self.attention_mask[:, : self.past_length]
+        state = state_of_layer(cache, self.stage.layer)
+        past = seen if state is None else state.padding_mask(seen, num_past)
+        if mask is None and past is None:
+            return None
+        parts = [
+            torch.ones(batch, num, dtype=torch.bool) if part is None else part.cpu() != 0
+            for part, num in ((past, num_past), (mask, num_new))
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _attention(self, layer: nn.Module, last: tuple, keys: torch.Tensor, mask: torch.Tensor | None) -> dict:
+        """The rows of the prompts' last tokens over `keys`: at the stage's visual tokens, mean over heads, [T] float32 each.
+
+        Args:
+            layer: the decoder layer they belong to.
+            last: of `_last_tokens`.
+            keys: [batch, num_key_value_heads, past and new tokens, head_dim], after RoPE.
+            mask: [batch, past and new tokens (or room for more)], zero at padding; None where none is.
+        """
+        tokens, (states, embeddings, places) = self.stage.tokens, last
+        query = projected(layer, "q", states[:, None], tuple(part[:, None] for part in embeddings))[:, :, 0].float()
+        keys = keys.detach().to(query.device, torch.float32).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+        logits = torch.einsum("bhd,bhnd->bhn", query, keys) * layer.self_attn.scaling
+        scores = logits.clone()
+        if mask is not None:
+            mask = mask[:, : keys.shape[2]].to(query.device) != 0
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        num_new = tokens.is_text.shape[1]
+        is_later = torch.arange(num_new, device=query.device) > places[:, None]
+        scores[..., -num_new:].masked_fill_(is_later[:, None], -torch.inf)
+        places = tokens.rows, keys.shape[2] - num_new + tokens.places % num_new
+        rows = {"attention": scores.softmax(-1).mean(1), "logits": logits.mean(1)}
+        return {name: row.to(tokens.rows.device)[places] for name, row in rows.items()}
+
+    def _text_of(self, hidden_states: torch.Tensor, is_text: torch.Tensor, keys: torch.Tensor | None, image: int) -> tuple:
+        """`text_states`, `text_keys` and `is_after` of `ImageTokens`."""
+        tokens, row = self.stage.tokens, self.grids[image].row
+        text = is_text[row].nonzero()[:, 0]
+        end = sum(tokens.sizes[: image + 1])
+        is_after = text > tokens.places[end - 1] % is_text.shape[1]
+        return hidden_states[row, text], None if keys is None else keys.detach().to(text.device)[row][:, text], is_after
+
+
+def projected(layer: nn.Module, name: str, hidden_states: torch.Tensor, embeddings: tuple) -> torch.Tensor:
+    """The queries ("q") or keys ("k") of a decoder layer after RoPE, [batch, heads, length, head_dim].
+
+    Args:
+        hidden_states: [batch, length, hidden_size], the layer's input.
+        embeddings: cosines and sines of the positions, [batch or 1, length, head_dim] each.
+    """
+    attention = layer.self_attn
+    states = getattr(attention, f"{name}_proj")(layer.input_layernorm(hidden_states))
+    states = states.unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{name}_norm"):
+        states = getattr(attention, f"{name}_norm")(states)
+    states = states.transpose(1, 2)
+    cos, sin = (part[:, None].to(states.device) for part in embeddings)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _on_device(layer_inputs: dict, device: torch.device) -> dict:
@@ -492,7 +797,7 @@ def _on_device(layer_inputs: dict, device: torch.device) -> dict:
 
 
 def make_plan(
-    config: PreTrainedConfig,
+    decoder: nn.Module,
     settings: PruningSettings | None,
     cache: Cache | None,
     attention_mask: torch.Tensor | dict | None,
@@ -503,32 +808,36 @@ def make_plan(
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
     Args:
-        config: the decoder's config.
+        decoder: the language model.
         settings: what to prune, or None to add the new tokens unpruned.
         cache: the cache, if there is one.
-        attention_mask: the caller's 2-D mask, None, or what `create_masks_for_generate` below made.
+        attention_mask: the caller's 2-D mask, None, or what `create_masks_for_generate` of the model made.
         position_ids: the caller's, if any.
         visuals: the images and videos among the new tokens.
         num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
 
     Raises:
-        ValueError: for packed sequences, for a cache that was pruned at another layer, and what `visual_grids` raises.
+        ValueError: for packed sequences, for a cache that was pruned at other layers, and what `visual_grids` raises.
     """
-    state = pruning_state(cache)
-    prepared_mask = attention_mask.get(PRUNED_MASK) if isinstance(attention_mask, dict) else None
+    states = pruning_states(cache)
+    layers = [state.layer for state in states]
     if settings is None or not visuals:
-        if state is None:
+        if not states:
             raise ValueError("Nothing to plan: no visual tokens to prune and no pruned cache.")
-        mask = None if prepared_mask is not None else attention_mask
-        return PruningPlan(config, state.layer, mask, prepared_mask=prepared_mask)
-    if state is not None and state.layer != settings.layer:
+        prepared = attention_mask if isinstance(attention_mask, dict) else {}
+        masks = {layer: prepared[f"{PRUNED_MASK}{layer}"] for layer in layers if f"{PRUNED_MASK}{layer}" in prepared}
+        return PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks)
+    new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
+    if states and layers != new_layers:
         raise ValueError(
-            f"The cache was pruned at pruning_layer={state.layer}, this call would prune at pruning_layer={settings.layer}. "
-            "Use one layer for a whole conversation, or start with a new cache."
+            f"The cache was pruned at {_name_layers(layers)}, this call would prune at {_name_layers(new_layers)}. "
+            "Use one method and layer for a whole conversation, or start with a new cache."
         )
     if cache is None and attention_mask is None:
         _refuse_packed_sequences(position_ids)
     past_length = 0 if cache is None else int(cache.get_seq_length())
+    past_entries = dict.fromkeys(new_layers, past_length)
+    past_entries |= {state.layer: past_length - state.full_length + state.num_entries for state in states}
     device = visuals[0].mask.device
     masks = [visual.mask for visual in visuals] + ([] if attention_mask is None else [attention_mask.to(device, torch.bool)])
     masks = _on_host(masks)
@@ -539,12 +848,30 @@ def make_plan(
     batch, length = visuals[0].mask.shape
     grids = keep_needed_outputs(grids, attention_mask, length, num_outputs)
     is_text = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask[:, -length:].clone()
+    is_visual = torch.stack([visual.mask for visual in visuals]).any(0)
+    prompt_ends = ends_of_prompts(is_text, is_visual, num_outputs)
+    is_prompt_text = is_text & ~is_visual & (torch.arange(length) <= prompt_ends[:, None])
     for grid in grids:
         is_text[grid.row, grid.columns] = False
-    plan = PruningPlan(config, settings.layer, attention_mask, grids, settings, past_length=past_length, is_text=is_text)
+    plan = PruningPlan(
+        decoder,
+        new_layers,
+        attention_mask,
+        grids,
+        settings,
+        past_length=past_length,
+        past_entries=past_entries,
+        is_text=is_text,
+        is_prompt_text=is_prompt_text,
+        prompt_ends=prompt_ends,
+    )
     if grids:
         plan.prepare(device)
     return plan
+
+
+def _name_layers(layers: Sequence[int]) -> str:
+    return f"pruning_layer={layers[0]}" if len(layers) == 1 else f"layers {layers}"
 
 
 def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
@@ -554,9 +881,14 @@ def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
     return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
 
 
+def has_pruned_mask(masks: dict) -> bool:
+    """Whether masks that `generate` made are of a pruned cache."""
+    return any(name.startswith(PRUNED_MASK) for name in masks)
+
+
 def check_mask(attention_mask) -> None:
     """Raise a ValueError for a mask that says more than which tokens are padding, and that is not made by `generate`."""
-    if attention_mask is None or (isinstance(attention_mask, dict) and PRUNED_MASK in attention_mask):
+    if attention_mask is None or (isinstance(attention_mask, dict) and has_pruned_mask(attention_mask)):
         return
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         raise ValueError(

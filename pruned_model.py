@@ -18,13 +18,23 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .configuration_vlmpruner import check_ratio
-from .pruned_cache import CACHE_NAME, PruningRecord, cache_of, continued_padding_mask, pruning_state, takes_cache
+from .pruned_cache import (
+    CACHE_NAME,
+    PruningRecord,
+    cache_of,
+    continued_padding_mask,
+    mask_layer,
+    pruning_state,
+    pruning_states,
+    takes_cache,
+)
 from .pruned_decoder import (
     PRUNED_MASK,
     GridView,
     PruningPlan,
     VisualTokens,
     check_mask,
+    has_pruned_mask,
     make_plan,
     prune_decoder,
     rows_of_images,
@@ -207,12 +217,12 @@ class PrunedModelMixin:
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
-            self.language_model.config, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
+            self.language_model, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
         )
         plan.deepstack = self.deepstack(encoded, visuals)
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
-            attention_mask=stock_mask(attention_mask),
+            attention_mask=None if plan.layer == 0 else stock_mask(attention_mask),  # of which no layer would use it
             position_ids=position_ids,
             pruning_plan=plan,
             **stock_inputs,
@@ -502,18 +512,21 @@ class PrunedForConditionalGenerationMixin:
             **{CACHE_NAME: cache},
             **kwargs,
         )
-        state = pruning_state(cache)
-        if state is None:
+        states = pruning_states(cache)
+        if not states:
             return masks
-        pruned_mask = create_causal_mask(
-            config=config.get_text_config(decoder=True),
-            inputs_embeds=inputs_embeds,
-            attention_mask=continued_padding_mask(cache, attention_mask, inputs_embeds.shape[1]),
-            position_ids=None,
-            layer_idx=state.layer,
-            **{CACHE_NAME: cache},
-        )
-        return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | {PRUNED_MASK: pruned_mask}
+        pruned_masks = {
+            f"{PRUNED_MASK}{state.layer}": create_causal_mask(
+                config=config.get_text_config(decoder=True),
+                inputs_embeds=inputs_embeds,
+                attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
+                position_ids=None,
+                layer_idx=mask_layer(state.layer),
+                **{CACHE_NAME: cache},
+            )
+            for state in states
+        }
+        return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | pruned_masks
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -606,9 +619,9 @@ def without_dropped(labels: torch.Tensor, dropped: torch.BoolTensor, options: di
 
 def stock_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
     """Of masks made by `create_masks_for_generate`, those of the stock decoder; any other mask as it is."""
-    if not isinstance(attention_mask, dict) or PRUNED_MASK not in attention_mask:
+    if not isinstance(attention_mask, dict) or not has_pruned_mask(attention_mask):
         return attention_mask
-    masks = {name: mask for name, mask in attention_mask.items() if name != PRUNED_MASK}
+    masks = {name: mask for name, mask in attention_mask.items() if not name.startswith(PRUNED_MASK)}
     return masks.get(STOCK_MASK, masks)
 
 

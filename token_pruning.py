@@ -267,10 +267,6 @@ def select_random(
     return Selection(batch.num_keep, order, order.sort().values)
 
 
-# pruning_method -> what chooses the tokens. A method joins here.
-SELECTORS = {"vlm_pruner": select_batch, "random": select_random}
-
-
 def aggregate_tokens(hidden_states: torch.Tensor, selection: Selection, aggregation_weight: float) -> torch.Tensor:
     """Merge the discarded tokens into the kept ones: SWA, VLM-Pruner (arXiv 2512.02700), stage 3.
 

@@ -8,6 +8,9 @@ refused, not mixed.
 score      exact match, in percent, for each question type; greedy decoding, at most 12 tokens
 relative   mean over the types of score / unpruned score, as the paper averages its benchmarks, in percent
 interval   95 % of that mean, by a paired bootstrap over the questions (2,000 draws)
+kept       visual tokens that a decoder layer sees, on average over the layers from the first pruning layer on: the budget that
+           `pruning_ratio` gives every method, and the number kept at the pruning point where there is one
+all layers the same over all layers of the decoder, which is what the visual tokens cost
 """
 
 import argparse
@@ -36,11 +39,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measurement import environment, place_and_versions  # noqa: E402
 
 from training.scenes import QUESTION_TYPES, Question, Scene, ask, draw, make_scene  # noqa: E402
+from vlmpruner.pruning_methods import METHODS as REGISTRY  # noqa: E402
 
 
 RATIOS = (0.667, 0.778, 0.889, 0.944)
 ABLATION_RATIOS = (0.889, 0.944)  # the paper's, and one at which the small model loses enough to tell values apart
-METHODS = ("vlm_pruner", "vlm_pruner:fine", "random")  # a pruning_method, or with :PRESET a pruning_preset of it
+# Each pruning_method, and with :PRESET each other pruning_preset of it; the control comes last.
+METHODS = tuple(
+    name if preset == "paper" else f"{name}:{preset}"
+    for name, method in sorted(REGISTRY.items(), key=lambda item: item[0] == "random")
+    for preset in method.presets
+)
 MAX_NEW_TOKENS = 12
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
@@ -127,14 +136,16 @@ def collect_questions(per_type: int, split: str = "test") -> list[tuple[Scene, Q
 
 
 class RememberedFeatures:
-    """Image features by picture: no configuration changes them, so each batch of pictures is encoded once."""
+    """Image features by picture: no configuration changes them, so each batch of pictures is encoded once, and once more for
+    methods that look at the vision tower."""
 
     def __init__(self, model):
-        self.encode, self.known = model.model.get_image_features, {}
+        self.encode, self.known, self.config = model.model.get_image_features, {}, model.config
         model.model.get_image_features = self
 
     def __call__(self, pixel_values, *args, **kwargs):
-        key = hashlib.sha256(pixel_values.detach().float().cpu().contiguous().numpy()).digest()
+        pixels = hashlib.sha256(pixel_values.detach().float().cpu().contiguous().numpy()).digest()
+        key = pixels, self.config.looks_at_tower
         if key not in self.known:
             self.known[key] = self.encode(pixel_values, *args, **kwargs)
             self.known[key]["hidden_states"] = None
@@ -168,7 +179,7 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
     """Answer all questions.
 
     Returns:
-        right: for each type a string of 0 and 1; num_visual, num_kept: means over the pictures; seconds.
+        right: for each type a string of 0 and 1; num_visual, num_kept, num_kept_all_layers: means over the pictures; seconds.
 
     Raises:
         RuntimeError: a configuration that should prune left a picture unpruned.
@@ -182,13 +193,16 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
             for (_, question), answer in zip(part, answers, strict=True):
                 right[question.kind] += "01"[is_right(answer, question.answer)]
             if record is not None:
-                counts += [(image.num_visual, image.num_kept) for image in record.images]
+                layers = model.config.get_text_config(decoder=True).num_hidden_layers
+                counts += [
+                    (image.num_visual, image.mean_kept(layers), image.mean_kept(layers, first=0)) for image in record.images
+                ]
     result = {"right": right, "seconds": round(time.perf_counter() - start, 1)}
     if configuration.ratio > 0:
         if len(counts) < len(questions):
             raise RuntimeError(f"{configuration.name}: only {len(counts)} of {len(questions)} pictures were pruned.")
-        visual, kept = np.mean(counts, axis=0)
-        result |= {"num_visual": float(visual), "num_kept": float(kept)}
+        names = ("num_visual", "num_kept", "num_kept_all_layers")
+        result |= dict(zip(names, np.mean(counts, axis=0).tolist(), strict=True))
     return result
 
 
@@ -262,8 +276,8 @@ def markdown(results: dict, hidden_size: int) -> str:
     """Main table, blind row included, and one table for each ablation."""
     unpruned = results["unpruned"]["right"]
     ablated = {name: entry for name, entry in results.items() if not _is_main(entry)}
-    lines = ["| method | removed | tokens kept | " + " | ".join(QUESTION_TYPES) + " | relative [95 %] |"]
-    lines.append("|---" * (len(QUESTION_TYPES) + 4) + "|")
+    lines = ["| method | removed | tokens kept | " + " | ".join(QUESTION_TYPES) + " | relative [95 %] | all layers |"]
+    lines.append("|---" * (len(QUESTION_TYPES) + 5) + "|")
     lines += [_row(entry, unpruned) for entry in sorted(filter(_is_main, results.values()), key=_place)]
     ratios = sorted({entry["ratio"] for entry in ablated.values()})
     for key, values in ablations(hidden_size).items() if ratios else ():
@@ -311,6 +325,7 @@ def _row(entry: dict, unpruned: dict) -> str:
         kept,
         *(f"{by_type[kind]:.1f}" for kind in QUESTION_TYPES),
         _interval(relative(entry["right"], unpruned)),
+        f"{entry['num_kept_all_layers']:.0f}" if "num_kept_all_layers" in entry else "-" if entry["ratio"] else "all",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -357,10 +372,26 @@ def load(path: Path) -> tuple:
     return model, AutoProcessor.from_pretrained(path, trust_remote_code=True), about
 
 
+def defined_methods(model) -> list[str]:
+    """Those of `METHODS` that the model's config does not refuse."""
+    defined = []
+    for method in METHODS:
+        try:
+            with configured(model, Configuration.of(method, RATIOS[0])):
+                defined.append(method)
+        except ValueError as error:
+            print(f"{method} is left out: {error}")
+    return defined
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
-    parser.add_argument("--methods", nargs="*", default=METHODS, help="also METHOD:PRESET; random is always among them")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        help="by default every method that is defined for the model; also METHOD:PRESET; random is always among them",
+    )
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--per-type", type=int, default=100, help="questions of each type")
     parser.add_argument(
@@ -384,7 +415,7 @@ def main():
     configurations = [Configuration("none", 0), Configuration("none", 0, blind=True)]
     configurations += [
         Configuration.of(method, ratio)
-        for method in dict.fromkeys([*options.methods, "random"])
+        for method in dict.fromkeys([*(options.methods or defined_methods(model)), "random"])
         for ratio in options.ratios
         if ratio > 0
     ]

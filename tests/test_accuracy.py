@@ -11,6 +11,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy import Configuration, Results, collect_questions, is_right, markdown, relative, scores
 from training.scenes import QUESTION_TYPES
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
+from vlmpruner.pruning_methods import METHODS
 
 
 @pytest.mark.parametrize("answer", ["CASTLE", " castle ", "Castle.", '"castle"', "CASTLE\n"])
@@ -118,8 +119,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_second_run_measures_only_what_is_missing(run, tmp_path):
-    run("--ratios", "0.889")
-    measured = run("--ratios", "0.889", "0.667")
+    chosen = ("--methods", "vlm_pruner", "vlm_pruner:fine")
+    run(*chosen, "--ratios", "0.889")
+    measured = run(*chosen, "--ratios", "0.889", "0.667")
     methods = ["vlm_pruner {}", "vlm_pruner {} preset=fine", "random {}"]
     pruned = [method.format(ratio) for ratio in (0.889, 0.667) for method in methods]
     assert measured == ["unpruned", "unpruned blind", *pruned]
@@ -127,6 +129,13 @@ def test_a_second_run_measures_only_what_is_missing(run, tmp_path):
     assert set(json.loads(output.read_text())["results"]) == set(measured)
     assert output.with_suffix(".md").read_text().startswith("Questions of each type: 1. ")
     assert output.with_suffix(".png").exists()
+
+
+def test_every_method_of_the_registry_is_measured(run):
+    measured = run("--ratios", "0.889")
+    methods = [method.replace(":", " 0.889 preset=") if ":" in method else f"{method} 0.889" for method in accuracy.METHODS]
+    assert measured == ["unpruned", "unpruned blind", *methods]
+    assert set(METHODS) <= {method.partition(":")[0] for method in accuracy.METHODS} and methods[-1] == "random 0.889"
 
 
 @pytest.mark.parametrize(("ratios", "expected"), [((), (0.889, 0.944)), (("0.778",), (0.778,))], ids=["default", "given"])

@@ -11,18 +11,18 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerQwen2VLConfig
+from vlmpruner.method_vlm_pruner import VLMPruner
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.pruned_decoder import GridView
-from vlmpruner.token_pruning import SELECTORS
 
 
 @pytest.fixture(params=["cpu", "device"], autouse=True)
 def path(request, monkeypatch):
     """Selection on a CPU, and as on a GPU."""
     if request.param == "device":
-        monkeypatch.setitem(SELECTORS, "vlm_pruner", select_in_torch)
+        monkeypatch.setattr(VLMPruner, "choose", staticmethod(select_in_torch))
 
 
 def load_case(name):

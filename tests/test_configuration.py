@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from families import DATA, FAMILIES
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, PixtralVisionConfig, Qwen2Config
 
 from vlmpruner import configuration_vlmpruner
-from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, VLMPrunerLlavaConfig
+from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, METHODS_WITH, VLMPrunerLlavaConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.pruned_cache import cache_of
+from vlmpruner.pruning_methods import METHODS
 from vlmpruner.token_pruning import PruningParameters
 
 
@@ -45,7 +47,7 @@ def test_defaults_are_the_papers():
         ("pruning_ratio", float("nan"), r"in \[0, 1\)"),
         ("pruning_layer", 0, "from 1 to 3"),
         ("pruning_layer", 4, "from 1 to 3"),
-        ("pruning_method", "fastv", "one of"),
+        ("pruning_method", "magic", "one of"),
         ("pruning_preset", "best", r"one of \('paper', 'fine'\)"),
         ("pruning_video_scope", "frame", "one of"),
         ("pruning_num_pivots", 0, ">= 1"),
@@ -111,6 +113,37 @@ def test_a_file_from_before_the_presets_keeps_its_values(tmp_path):
     expected = PruningParameters(token_batch=8, threshold=0.7)
     assert VLMPrunerLlavaConfig.from_pretrained(tmp_path).pruning_parameters() == expected
     assert VLMPrunerLlavaConfig.from_pretrained(tmp_path, pruning_preset="fine").pruning_parameters() == expected
+
+
+def test_a_key_of_another_method_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"pruning_num_image_pivots is set to 3, but .*'vlm_pruner'.*belongs to dart"):
+        config(pruning_num_image_pivots=3)
+    with pytest.raises(ValueError, match=r"pruning_token_batch is set to 1, but .*'fastv'.*belongs to vlm_pruner"):
+        config(pruning_method="fastv", pruning_token_batch=1)
+    with pytest.raises(ValueError, match=r"pruning_preset must be one of \('paper',\) with pruning_method 'dart'"):
+        config(pruning_method="dart", pruning_preset="fine")
+    with pytest.raises(ValueError, match=r"pruning_num_image_pivots must be an integer >= 1, but is 0"):
+        config(pruning_method="dart", pruning_num_image_pivots=0)
+    with pytest.raises(ValueError, match=r"pruning_positions must be one of .*'moved'"):
+        config(pruning_positions="moved")
+    assert config(pruning_method="none", pruning_num_image_pivots=3).pruning_settings() is None
+    assert config(pruning_method="dart", pruning_num_image_pivots=3).pruning_parameters().num_image_pivots == 3
+
+
+def test_every_method_round_trips_with_its_keys_alone(tmp_path):
+    for name, method in METHODS.items():
+        own = {f"pruning_{field.name}": field.default for field in fields(method.Parameters)}
+        config(pruning_method=name, **own).save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert {key: written[key] for key in own} == own
+        others = {f"pruning_{field.name}" for other in METHODS.values() for field in fields(other.Parameters)} - set(own)
+        assert not others & set(written)
+        assert VLMPrunerLlavaConfig.from_pretrained(tmp_path).pruning_settings().parameters == method.Parameters()
+
+
+def test_methods_that_share_a_key_agree_on_its_type():
+    for name, owners in METHODS_WITH.items():
+        assert len({field.type for field in owners.values()}) == 1, name
 
 
 def test_an_unknown_key_is_refused():

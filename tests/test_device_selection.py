@@ -16,10 +16,10 @@ from test_token_pruning import GOLDEN, load_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from vlmpruner.method_vlm_pruner import VLMPruner
 from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
 from vlmpruner.token_pruning import (
-    SELECTORS,
     PruningParameters,
     Selection,
     aggregate_tokens,
@@ -208,7 +208,7 @@ def test_torch_needs_no_host():
 @pytest.fixture
 def device_path(monkeypatch):
     """Models choose by the path of a GPU, in plain torch."""
-    monkeypatch.setitem(SELECTORS, "vlm_pruner", select_in_torch)
+    monkeypatch.setattr(VLMPruner, "choose", staticmethod(select_in_torch))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
@@ -237,7 +237,7 @@ def test_models_choose_the_same_by_both_paths(device_path):
     inputs = make_inputs(family, [([picture(1, 200, 300)], "What is it?"), ([picture(2), picture(3, 200, 120)], "Which?")])
     with torch.no_grad():
         found = load_pruned(family)(**inputs)
-        SELECTORS["vlm_pruner"] = select_batch  # the fixture puts back what was there before
+        VLMPruner.choose = staticmethod(select_batch)  # the fixture puts back what was there before
         expected = load_pruned(family)(**inputs)
     for one, other in zip(found.pruning_record, expected.pruning_record, strict=True):
         assert torch.equal(one.order, other.order) and torch.equal(one.positions, other.positions)
