@@ -833,14 +833,21 @@ def make_plan(
             f"The cache was pruned at {_name_layers(layers)}, this call would prune at {_name_layers(new_layers)}. "
             "Use one method and layer for a whole conversation, or start with a new cache."
         )
-    if cache is None and attention_mask is None:
-        _refuse_packed_sequences(position_ids)
     past_length = 0 if cache is None else int(cache.get_seq_length())
     past_entries = dict.fromkeys(new_layers, past_length)
     past_entries |= {state.layer: past_length - state.full_length + state.num_entries for state in states}
     device = visuals[0].mask.device
-    masks = [visual.mask for visual in visuals] + ([] if attention_mask is None else [attention_mask.to(device, torch.bool)])
-    masks = _on_host(masks)
+    masks = [visual.mask for visual in visuals]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device, torch.bool)
+        masks.append(attention_mask)
+    restarts = restarting_positions(position_ids, attention_mask)
+    masks = _on_host([*masks, restarts.to(device)])
+    if masks.pop().any():
+        raise ValueError(
+            "position_ids restart within a row, which means several sequences packed into one. Pruning does not support that: "
+            "give each sequence a row of its own, or set pruning_ratio=0."
+        )
     visuals = [replace(visual, mask=mask) for visual, mask in zip(visuals, masks, strict=False)]
     attention_mask = None if attention_mask is None else masks[-1]
     grids = [grid for visual in visuals for grid in visual_grids(visual, settings.ratio)]
@@ -898,14 +905,20 @@ def check_mask(attention_mask) -> None:
         )
 
 
-def _refuse_packed_sequences(position_ids: torch.Tensor | None) -> None:
+def restarting_positions(position_ids: torch.Tensor | None, attention_mask: torch.BoolTensor | None) -> torch.BoolTensor:
+    """Where the position of a token is not above that of the token before it, both no padding. [batch, length - 1] bool
+
+    Of M-RoPE positions with four rows the first counts text; of three nothing can be told.
+    """
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
-        position_ids = position_ids[0]  # M-RoPE: text positions, then time, height and width
-    if position_ids is not None and position_ids.ndim == 2 and (position_ids.diff(dim=-1) != 1).any():
-        raise ValueError(
-            "position_ids restart within a row, which means several sequences packed into one. Pruning does not support that: "
-            "give each sequence a row of its own, or set pruning_ratio=0."
-        )
+        position_ids = position_ids[0]
+    if position_ids is None or position_ids.ndim != 2:
+        return torch.zeros(0, dtype=torch.bool)
+    restarts = position_ids.diff(dim=-1) < 1
+    if attention_mask is not None:
+        is_token = attention_mask[:, -position_ids.shape[1] :].to(restarts.device)
+        restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
+    return restarts
 
 
 class PrunedLayerMixin:

@@ -187,6 +187,11 @@ class PrunedModelMixin:
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
+            if packed := sorted(name for name, value in kwargs.items() if name.startswith("cu_seq") and value is not None):
+                raise ValueError(
+                    f"{', '.join(packed)} says that several sequences are packed into one row. Pruning does not support that: "
+                    "give each sequence a row of its own, or set pruning_ratio=0."
+                )
             if torch.compiler.is_exporting():
                 raise ValueError(
                     "torch.export can not trace which tokens stay, because their values decide. Export with pruning_ratio=0."

@@ -1001,6 +1001,20 @@ def test_arguments_by_position_are_the_stock_class_s(family, one_image):
             ours(one_image["input_ids"], input_ids=one_image["input_ids"])
 
 
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_packed_sequences_are_refused(family, one_image, with_mask):
+    """By positions that restart, beside a mask or without one, and by the lengths that FlashAttention takes."""
+    model, length = load_pruned(family), one_image["input_ids"].shape[1]
+    inputs = {name: value for name, value in one_image.items() if with_mask or name != "attention_mask"}
+    restarting = torch.cat([torch.arange(length - 4), torch.arange(4)])[None]
+    if "mm_token_type_ids" in inputs:
+        restarting = restarting.expand(4, 1, -1)
+    with pytest.raises(ValueError, match="position_ids restart within a row"):
+        model(**inputs, position_ids=restarting)
+    with pytest.raises(ValueError, match="cu_seq_lens_q says that several sequences are packed"):
+        model(**inputs, cu_seq_lens_q=torch.tensor([0, length - 4, length], dtype=torch.int32))
+
+
 def test_a_prefill_in_chunks_is_refused_with_images_alone(family, one_image):
     model = load_pruned(family)
     with pytest.raises(ValueError, match="prefill_chunk_size=7 cuts images"):

@@ -310,6 +310,34 @@ def test_prompt_tuning(family, ratio):
         assert (results[0] == 0).all(-1).any()
 
 
+@pytest.mark.once
+def test_lora_learns_merges_and_saves(family, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    batch = collate(family, load_pruned(family))([{"seed": 0}, {"seed": 1}])
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|gate_proj)")
+    tuned = peft.get_peft_model(copy.deepcopy(load_pruned(family)).train(), config)
+    optimizer, losses = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=3e-2), []
+    for _ in range(6):
+        outputs = tuned(**batch)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(outputs.loss))
+    assert losses[-1] < losses[0] - 0.1
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(load_pruned(family)), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = tuned(**batch)
+        torch.testing.assert_close(again(**batch).logits, expected.logits, **EXACT)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected.logits, rtol=0, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        reloaded = family.pruned_class.from_pretrained(tmp_path / "merged").eval()(**batch)
+    torch.testing.assert_close(reloaded.logits, merged(**batch).logits, **EXACT)
+
+
 # FSDP
 
 
