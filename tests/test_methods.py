@@ -16,7 +16,7 @@ import method_oracles
 import pytest
 import torch
 from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint, spread_weights
-from test_families import CLOSE, EXACT, decoder_inputs, generate, later_turn, positions, step_logits
+from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
 from transformers import DynamicCache
 
 from vlmpruner import pruning_methods
@@ -547,3 +547,35 @@ def test_the_document_lists_every_method():
         row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{name}` |"))
         if name != "vlm_pruner":
             assert re.findall(r"`(\w+)`", row.split("|")[6]) == [field.name for field in fields(method.Parameters)]
+
+
+def test_packed_positions_go_on_in_a_later_turn():
+    """A second image on a cache is where it would be with both turns in one piece."""
+    family = FAMILIES["llava"]
+    model = load_method(family, "divprune", pruning_positions="packed")
+    first, second = (make_inputs(family, [([picture(seed)], "What is it?")]) for seed in (1, 2))
+    with torch.no_grad():
+        cache = cache_of(model(**first, use_cache=True))
+        turn = model(**later_turn(first, second), **{CACHE_NAME: cache})
+        whole = model(**join_turns(first, second))
+        step = [model(input_ids=torch.tensor([[9]]), **{CACHE_NAME: cache_of(outputs)}) for outputs in (turn, whole)]
+    torch.testing.assert_close(turn.logits, whole.logits[:, first["input_ids"].shape[1] :], **CLOSE)
+    torch.testing.assert_close(step[0].logits, step[1].logits, **CLOSE)
+
+
+def test_crop_where_no_layer_holds_all_tokens():
+    """M-RoPE positions go by the full sequence, which a cache pruned at layer 0 has in no layer."""
+    family = FAMILIES["qwen2_vl"]
+    model, tokens = load_method(family, "divprune"), torch.tensor([[7, 8, 9, 10, 11]])
+    first, second = (make_inputs(family, [([picture(seed)], "What is it?")]) for seed in (1, 2))
+    with torch.no_grad():
+        cache = cache_of(model(**first, use_cache=True))
+        reference = model(input_ids=tokens, **{CACHE_NAME: copy.deepcopy(cache)}).logits
+        length = int(cache.get_seq_length())
+        model(**later_turn(first, second), **{CACHE_NAME: cache})
+        assert int(cache.get_seq_length()) == length + second["input_ids"].shape[1]
+        cache.crop(length - int(cache.get_seq_length()))
+        assert int(cache.get_seq_length()) == length > cache.layers[0].get_seq_length()
+        torch.testing.assert_close(model(input_ids=tokens, **{CACHE_NAME: cache}).logits, reference, **CLOSE)
+        cache.crop(-3)
+        torch.testing.assert_close(model(input_ids=tokens[:, 2:], **{CACHE_NAME: cache}).logits, reference[:, 2:], **CLOSE)
