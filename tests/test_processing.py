@@ -294,13 +294,15 @@ def photo(tmp_path):
     return path
 
 
-def is_upright(drawn: Image.Image) -> bool:
-    """Whether red is above, and not at the left."""
-    pixels = np.asarray(drawn)[:-LEGEND_HEIGHT].astype(int)
-    redness = pixels[..., 0] - pixels[..., 2]
-    above, left = redness[: len(redness) // 4].mean(), redness[:, : redness.shape[1] // 4].mean()
-    assert max(above, left) > 20 + min(above, left)
-    return bool(above > left)
+def is_upright(drawn: Image.Image, record) -> bool:
+    """Whether each view is red above, and not at the left."""
+    answers = set()
+    for view in views_of(drawn, [each.grid[-2:] for each in record]):
+        redness = view[..., 0] - view[..., 2]
+        above, left = redness[: len(redness) // 4].mean(), redness[:, : redness.shape[1] // 4].mean()
+        assert max(above, left) > 50 + min(above, left)
+        answers.add(bool(above > left))
+    return answers == {True}
 
 
 # How a photo comes to the model -> what is given to the processor.
@@ -331,11 +333,11 @@ def test_a_photo_is_drawn_as_the_model_saw_it(family, photo, way, by_template):
     record = all_kept(record_of(family, inputs))
     seen = processor.draw_kept_tokens(record=record, inputs=inputs)
     if way != "a path":
-        assert is_upright(seen[0]) == (way == "turned before")
+        assert is_upright(seen[0], record) == (way == "turned before")
     assert_same(processor.draw_kept_tokens(image, record), seen, levels=1)
     if way == "a path":
         opened = processor.draw_kept_tokens(Image.open(photo), record)
-        assert is_upright(opened[0]) == is_upright(seen[0])
+        assert is_upright(opened[0], record) == is_upright(seen[0], record)
         assert_same(opened, seen, levels=8)  # two decoders of JPEG
 
 
@@ -449,13 +451,45 @@ def test_refuses_bad_arguments(processor, arguments, message):
         processor.draw_kept_tokens(record=[entry([1])], **arguments)
 
 
+def test_an_image_given_with_several_options_is_not_guessed():
+    """The grid does not tell the calls apart. Options that change nothing of the picture do not count."""
+    processor, image, size = fresh_processor(LLAVA), picture(1), {"height": 336, "width": 336}
+    text, record = prompt(processor, 1), [entry([1])]
+    processor(images=[image, image], text=[text] * 2)
+    processor(images=image, text=text, do_center_crop=True, do_normalize=False)
+    expected = fresh_processor(LLAVA).draw_kept_tokens(image, record)
+    assert_same(processor.draw_kept_tokens(image, record), expected, levels=1)
+    inputs = processor(images=image, text=text, size=size, return_tensors="pt")
+    size["width"] = 400
+    message = r"Image 0 .+ \{\} and then .+ and then \{'size': .+'width': 336\}\}, and the record fits more than one"
+    with pytest.raises(ValueError, match=message):
+        processor.draw_kept_tokens(image, record)
+    seen = processor.draw_kept_tokens(record=record, inputs=inputs)
+    assert_same(processor.draw_kept_tokens(image, record, size={"height": 336, "width": 336}), seen, levels=1)
+
+
+def test_an_opened_photo_is_read_as_in_its_call_also_with_options(photo):
+    processor, image = fresh_processor(LLAVA), Image.open(photo)
+    inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt", do_normalize=False)
+    seen = processor.draw_kept_tokens(record=[entry([1])], inputs=inputs, do_normalize=False)
+    assert_same(processor.draw_kept_tokens(image, [entry([1])], do_normalize=False), seen, levels=1)
+
+
+@pytest.mark.parametrize("form", [np.copy, np.asarray, torch.from_numpy])
+def test_arrays_are_remembered_too(form):
+    processor, given = fresh_processor(LLAVA), form(np.array(picture(1))[1:])
+    processor(images=[given], text=prompt(processor, 1), do_center_crop=False)
+    assert processor.seen_images.options_of(given) == [{"do_center_crop": False}]
+    assert processor.seen_images.options_of(given[:]) == []
+
+
 def test_what_is_remembered_of_images_ends_with_them(tmp_path):
     processor, image = fresh_processor(LLAVA), picture(1)
     processor(images=image, text=prompt(processor, 1), do_center_crop=False)
     seen = processor.seen_images
-    assert seen.options_of(image) == {"do_center_crop": False}
+    assert seen.options_of(image) == [{"do_center_crop": False}]
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
-        assert other.seen_images.options_of(image) is None
+        assert other.seen_images.options_of(image) == []
     processor.save_pretrained(tmp_path)
     assert "seen_images" not in (tmp_path / "processor_config.json").read_text()
     del image
