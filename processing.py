@@ -266,7 +266,7 @@ def sideways_file() -> str:
 
 
 def turns_files_upright(image_processor) -> bool:
-    """Whether a file is turned by its EXIF orientation: not in transformers 5.17 with torchvision."""
+    """Whether a file is turned by its EXIF orientation: with torchvision not before transformers 5.21."""
     image = image_processor.fetch_images(sideways_file())
     return (image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])) == (8, 16)
 
