@@ -227,7 +227,10 @@ class DrawMixin:
         part = self.image_processor if modality == "image" else self.video_processor
         settings = {name: options.get(name, getattr(part, name, None)) for name in (*SETTINGS, *options)}
         inputs = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        views = (self.image_views if modality == "image" else self.video_slices)(inputs, settings)
+        try:
+            views = (self.image_views if modality == "image" else self.video_slices)(inputs, settings)
+        except KeyError as error:
+            raise ValueError(f"The inputs have {PIXELS[modality]}, but not {error}, which comes with it.") from error
         restored = [[(restore(pixels, settings), grid) for pixels, grid in each] for each in views]
         peak = max((pixels.max().item() for each in restored for pixels, _ in each), default=1)
         scale = 1 / 255 if peak > 2 else 1  # do_rescale=False with pictures of 0 to 255

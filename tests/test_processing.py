@@ -387,6 +387,15 @@ def test_a_picture_of_another_grid_is_named(family):
         fresh_processor(family).draw_kept_tokens(images, record)
 
 
+@pytest.mark.parametrize(("name", "missing"), [("llava_next", "image_sizes"), ("qwen2_vl", "image_grid_thw")])
+def test_pixels_without_their_sizes_are_named(name, missing):
+    inputs = make_inputs(FAMILIES[name], [([picture(1)], "What?")])
+    record = record_of(FAMILIES[name], inputs)
+    del inputs[missing]
+    with pytest.raises(ValueError, match=f"The inputs have pixel_values, but not '{missing}', which comes with it"):
+        fresh_processor(FAMILIES[name]).draw_kept_tokens(record=record, inputs=inputs)
+
+
 FORMS = {
     "array of several": np.stack,
     "tensor of several": lambda arrays: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2),
