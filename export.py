@@ -846,7 +846,7 @@ the fraction of visual tokens that is removed; it can be given for one request, 
 outputs = model.generate(**inputs, max_new_tokens=40, pruning_ratio=0.667, return_dict_in_generate=True)
 record = model.get_pruning_record(outputs)
 print(f"kept {{record.num_kept}} of {{record.num_visual}} visual tokens")
-processor.draw_kept_tokens(messages[0]["content"][0]["url"], record)[0].save("kept.png")
+processor.draw_kept_tokens(record=record, inputs=inputs)[0].save("kept.png")  # on the pixels that the model saw
 ```
 
 ## Without pruning

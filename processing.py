@@ -6,6 +6,7 @@ pictures alone, they go through the image processor once more.
 """
 
 import base64
+import copy
 import io
 import weakref
 from collections.abc import Iterator
@@ -56,28 +57,34 @@ def order_color(place: int, num_kept: int) -> tuple[int, int, int]:
 
 def flatten_images(images) -> list[tuple]:
     """A picture, an array of several, a list of them, or a list per row: each, in prompt order, and the object it is of."""
+    if images is None:
+        return []
     if isinstance(images, list | tuple):
         return [image for part in images for image in flatten_images(part)]
     return [(image, images) for image in (images if getattr(images, "ndim", 0) == 4 else [images])]
 
 
 class SeenImages:
-    """The options that a processor was called with for each image object that still exists. A copy begins empty."""
+    """The different options that a processor was called with for each image object that still exists. A copy begins empty.
+
+    Paths and urls are not remembered: no weak reference can follow a string.
+    """
 
     def __init__(self):
-        self._calls = {}
+        self._calls = {}  # id of an image -> a reference that drops this item when the image ends, and the options
 
     def add(self, image, options: dict):
-        key = id(image)
+        key, earlier = id(image), self.options_of(image)
         try:
-            self._calls[key] = weakref.ref(image, lambda _: self._calls.pop(key, None)), options
-        except TypeError:  # a path or url, a string
+            reference = weakref.ref(image, lambda _: self._calls.pop(key, None))
+        except TypeError:
             return
+        self._calls[key] = reference, [each for each in earlier if each != options] + [copy.deepcopy(options)]
 
-    def options_of(self, image) -> dict | None:
-        """None for an image that was not given to the processor."""
-        reference, options = self._calls.get(id(image), (None, None))
-        return options if reference is not None and reference() is image else None
+    def options_of(self, image) -> list[dict]:
+        """The latest last; empty for an image that was not given to the processor."""
+        reference, options = self._calls.get(id(image), (lambda: None, []))
+        return options if reference() is image else []
 
     def __reduce__(self):
         return SeenImages, ()
@@ -91,7 +98,7 @@ class DrawMixin:
         inputs = super().__call__(images, *args, **kwargs)
         seen = self.__dict__.setdefault("seen_images", SeenImages())
         options = self.options_for("image", kwargs)
-        for _, given in [] if images is None else flatten_images(images):
+        for given in {id(given): given for _, given in flatten_images(images)}.values():
             seen.add(given, options)
         return inputs
 
@@ -103,8 +110,9 @@ class DrawMixin:
 
         Args:
             images: the pictures given to the processor, in any form that it takes: one, a list, a list per row, an array of
-                several. None leaves them out. An image object that this processor was called with is read as in that call. Any
-                other is turned upright by its EXIF orientation, if the processor turns a file by it, or if only so it fits.
+                several. None leaves them out. An image object that this processor was called with is read as in that call, also
+                without `kwargs`. Any other, and a path, is read with `kwargs` alone; of a file that the caller has opened, it
+                is turned upright by its EXIF orientation if the processor turns files so, or if it fits the record only so.
             record: the `PruningRecord` of the request that saw them.
             videos: the videos given to the processor, likewise. None leaves them out.
             inputs: what the processor made of images and videos, instead of these: `pixel_values`, `pixel_values_videos` and
@@ -117,8 +125,9 @@ class DrawMixin:
             video is a contact sheet of its temporal slices, in rows from left to right.
 
         Raises:
-            ValueError: if nothing was pruned in the request, it had another number of images, videos or slices, or an image or
-                a video makes another grid than the record has.
+            ValueError: if nothing was pruned in the request; if it had another number of images, videos or slices; if an image
+                or a video makes another grid than the record has; if the processor was called with an image several times,
+                with different options, and the record fits more than one of these calls.
         """
         if record is None:
             raise ValueError("There is no record to draw: nothing was pruned in this request.")
@@ -141,7 +150,7 @@ class DrawMixin:
             return
         if inputs is None and modality == "image":
             for number, ((image, given), entries) in enumerate(pair_with_entries(flatten_images(media), record, modality)):
-                yield self.pictures_of_image(self.readings(image, given, options), entries, number), entries
+                yield self.pictures_of_image(image, given, options, entries, number), entries
             return
         if inputs is None:
             options = {"do_normalize": False} | options
@@ -152,28 +161,52 @@ class DrawMixin:
             check_grids(modality, number, views, entries)
             yield [picture for picture, _ in views], entries
 
-    def pictures_of_image(self, readings: list[tuple], entries, number: int) -> list[Image.Image]:
-        """What the grids of `entries` cover of an image, in the first of its `readings` that has these grids."""
-        mismatch = None
-        for reading, options in readings:
-            options = {"do_normalize": False} | options
-            for images in self.groups_with(reading):
-                views = self.views_of("image", self.image_processor(images=images, **options, return_tensors="pt"), options)[0]
-                try:
-                    check_grids("image", number, views, entries)
-                    return [picture for picture, _ in views]
-                except ValueError as error:
-                    mismatch = mismatch or error
+    def pictures_of_image(self, image, given, options: dict, entries, number: int) -> list[Image.Image]:
+        """What the grids of `entries` cover of `image`, a part of the object `given`, as the processor was called with it.
+
+        Where it was not, the likeliest reading that has these grids.
+        """
+        remembered = self.__dict__.get("seen_images", SeenImages()).options_of(given)
+        if not remembered:
+            readings = [(reading, options) for reading in self.orientations(image)]
+        else:
+            readings = [(image, each) for each in ([options] if options else remembered)]
+        found, mismatch = [], None
+        for reading, each in readings:
+            try:
+                found.append(self.read_as(reading, each, entries, number))
+            except ValueError as error:
+                mismatch = mismatch or error
+            if found and not remembered:
+                break
+        if not found:
+            raise mismatch
+        if any(pictures != found[0] for pictures in found[1:]):
+            raise ValueError(
+                f"Image {number} (counted from 0) was given to the processor with the options "
+                f"{' and then '.join(map(str, remembered))}, and the record fits more than one of these calls. Give "
+                "draw_kept_tokens the inputs of the request instead."
+            )
+        return found[0]
+
+    def read_as(self, image, options: dict, entries, number: int) -> list[Image.Image]:
+        """What the grids of `entries` cover of an image that is given to the image processor as it is, with `options`."""
+        options, mismatch = {"do_normalize": False} | options, None
+        for images in self.groups_with(image):
+            views = self.views_of("image", self.image_processor(images=images, **options, return_tensors="pt"), options)[0]
+            try:
+                check_grids("image", number, views, entries)
+                return [picture for picture, _ in views]
+            except ValueError as error:
+                mismatch = mismatch or error
         raise mismatch
 
-    def readings(self, image, given, options: dict) -> list[tuple[object, dict]]:
-        """How the model may have seen `image` of the object `given`, and with which options: the likeliest first."""
-        remembered = self.__dict__.get("seen_images", SeenImages()).options_of(given)
-        found = [] if remembered is None else [(image, options or remembered)]
+    def orientations(self, image) -> list:
+        """How the model may have seen `image`: the likeliest first."""
         if not isinstance(image, Image.Image) or image.getexif().get(ORIENTATION, 1) == 1:
-            return [*found, (image, options)]
-        others = [(ImageOps.exif_transpose(image), options), (image, options)]
-        return found + (others if turns_files_upright(self.image_processor) else others[::-1])
+            return [image]
+        upright = ImageOps.exif_transpose(image)
+        return [upright, image] if turns_files_upright(self.image_processor) else [image, upright]
 
     def groups_with(self, image) -> list[list]:
         """What to call the image processor with, to get what it made of `image`: the likeliest first."""
@@ -194,7 +227,10 @@ class DrawMixin:
         part = self.image_processor if modality == "image" else self.video_processor
         settings = {name: options.get(name, getattr(part, name, None)) for name in (*SETTINGS, *options)}
         inputs = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        views = (self.image_views if modality == "image" else self.video_slices)(inputs, settings)
+        try:
+            views = (self.image_views if modality == "image" else self.video_slices)(inputs, settings)
+        except KeyError as error:
+            raise ValueError(f"The inputs have {PIXELS[modality]}, but not {error}, which comes with it.") from error
         restored = [[(restore(pixels, settings), grid) for pixels, grid in each] for each in views]
         peak = max((pixels.max().item() for each in restored for pixels, _ in each), default=1)
         scale = 1 / 255 if peak > 2 else 1  # do_rescale=False with pictures of 0 to 255
@@ -233,7 +269,7 @@ def sideways_file() -> str:
 
 
 def turns_files_upright(image_processor) -> bool:
-    """Whether a file is turned by its EXIF orientation: not in transformers 5.17 with torchvision."""
+    """Whether a file is turned by its EXIF orientation: with torchvision not before transformers 5.21."""
     image = image_processor.fetch_images(sideways_file())
     return (image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])) == (8, 16)
 
