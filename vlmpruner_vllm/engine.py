@@ -48,7 +48,12 @@ def check_model(config) -> None:
     if getattr(config.vision_config, "model_type", None) == "pixtral":
         raise ValueError("LLaVA with a Pixtral vision tower is not served by vLLM: each picture has rows of its own.")
     config.pruning_settings()
-    if not config.pruning_parameters().fill_budget:
+    if config.pruning_positions != "original":
+        raise ValueError(
+            f"pruning_positions={config.pruning_positions!r} is not served by vLLM, which counts a whole request's tokens. "
+            "Set it to 'original'."
+        )
+    if not getattr(config.pruning_parameters(), "fill_budget", True):
         raise ValueError(
             "pruning_fill_budget=False is not served by vLLM: memory for the kept tokens is reserved before it is known how "
             "many they would be. Set it to true."

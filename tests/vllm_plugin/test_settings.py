@@ -40,6 +40,8 @@ def engine_config(**settings):
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "a scheduler class of your own"),
         ({"disable_hybrid_kv_cache_manager": True}, "a disabled hybrid KV cache manager"),
         ({"hf_overrides": {"pruning_fill_budget": False}}, "pruning_fill_budget=False is not served"),
+        ({"hf_overrides": {"pruning_positions": "packed"}}, "pruning_positions='packed' is not served"),
+        ({"hf_overrides": {"pruning_method": "fastv"}}, "pruning_method 'fastv' is not served"),
         ({"hf_overrides": {"pruning_method": "random"}}, "pruning_method 'random' is not served"),
         ({"hf_overrides": {"pruning_layer": 6}}, "pruning_layer must be an integer from 1 to 5"),
         ({"hf_overrides": {"pruning_ratio": 1.5}}, "pruning_ratio must be a number"),
