@@ -41,12 +41,17 @@ def check_vllm_version() -> None:
 def register() -> None:
     """Tell vLLM about the pruned architectures. Called by vLLM, in each of its processes, perhaps several times."""
     check_vllm_version()
+    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL
 
     from .engine import PrunedEngineConfig
     from .families import FAMILIES
 
+    for config in CONFIG_OF_BASE_MODEL.values():  # vLLM's processes hand configs on, and what a repo's code makes cannot travel
+        AutoConfig.register(config.model_type, config, exist_ok=True)
     for architecture, family in FAMILIES.items():
         ModelRegistry.register_model(architecture, family.model_class)
         MODELS_CONFIG_MAP[architecture] = PrunedEngineConfig

@@ -135,6 +135,20 @@ def test_text_may_be_cut_before_and_after_a_picture_and_a_picture_not(llm, free_
         assert cut.outputs[0].token_ids == whole.outputs[0].token_ids and kept_of(cut) == kept_of(whole)
 
 
+def test_a_request_that_waits_at_its_picture_is_not_cut_there(llm, free_blocks):
+    """600 tokens a step are one picture's and some of the next request's: it gets up to its picture, then waits for room."""
+    _, processor = reference()
+    scheduler, pairs = scheduler_of(llm), questions(6)
+    prompts = [vllm_prompt([image], prompt_text(processor, 1, text)) for image, text in pairs]
+    alone = [llm.generate(prompt, greedy(**arguments(None)), use_tqdm=False)[0] for prompt in prompts]
+    limit = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = 600
+    done = run(llm, [(prompt, greedy(**arguments(None))) for prompt in prompts])
+    scheduler.max_num_scheduled_tokens = limit
+    for number, output in enumerate(alone):
+        assert done[number].outputs[0].token_ids == output.outputs[0].token_ids and kept_of(done[number]) == kept_of(output)
+
+
 def test_one_picture_in_several_requests_at_several_ratios(llm, free_blocks):
     """The encoder's cache gives all of them the same features."""
     model, processor = reference()
