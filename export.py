@@ -622,7 +622,9 @@ def check_loads(folder: Path, name: str, config) -> None:
     except Exception as error:  # of any type: these are values of files that anyone wrote
         raise ValueError(f"{files} of {name} do not load: {describe(error).replace(str(folder), name)}") from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{files} of {name} do not load: {len(missing)} weights are missing, the first is {missing[0]}.")
+        raise ValueError(
+            f"{files} of {name} do not load: {len(missing)} of the weights are missing, the first is {missing[0]}."
+        )
 
 
 @contextmanager

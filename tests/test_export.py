@@ -359,7 +359,10 @@ DAMAGES = {
     "missing shard": (drop_shard, r"names 2 shards, but model-00002-of-00002\.safetensors is missing"),
     "shard elsewhere": (leave_folder, r"'\.\./other\.safetensors', which is no \*\.safetensors of its"),
     "damaged shard": (damage_shard, r"model\.safetensors of base is no whole safetensors file: "),
-    "missing weight": (drop_weight, r"config\.json and weights of base do not load: base lacks 1 of the weights"),
+    "missing weight": (
+        drop_weight,
+        r"config\.json and weights of base do not load: 1 of the weights are missing, the first is ",
+    ),
 }
 
 
