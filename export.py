@@ -856,8 +856,9 @@ processor.draw_kept_tokens(record=record, inputs=inputs)[0].save("kept.png")  # 
 A stock class, named in code, opens this repo unpruned: `{stock_class}.from_pretrained("{name}")` runs none of
 the code here, ignores the `pruning_*` keys, and starts with random weights where the files name them differently, all with a
 warning at most. To check what you have: `type(model)` is a `VLMPruner...` class, and the record of a request with an image, as
-above, is not None. `model.config.model_type` is `"{model_type}"` in both cases. For stock classes and other tools, turn this
-repo back into one of the base model, with the `export.py` of VLM-Pruner:
+above, is not None. `model.config.model_type` is `"{model_type}"` in both cases. vLLM serves this repo pruned with the plugin
+of VLM-Pruner and refuses it without; `--hf-overrides` with the architecture `{stock_class}` serves the base model, unpruned.
+For stock classes and other tools, turn this repo back into one of the base model, with the `export.py` of VLM-Pruner:
 
 ```bash
 python export.py {name} --to-base --output unpruned
