@@ -227,7 +227,7 @@ import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 hidden = ("torchvision", "matplotlib")
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in hidden else find(name, *rest)
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in hidden else find(name, *rest))
 sys.path.insert(0, "tests")
 import test_benchmarks, geometries, decode, prefill
 geometries.GEOMETRIES["0.5b"] = test_benchmarks.tiny()
