@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -147,10 +147,17 @@ class GridBatch:
         self.required = (None,) * len(self.grids) if required is None else tuple(required)
         self.sizes = tuple(math.prod(grid) for grid in self.grids)
         self.device = torch.device(device)
+        self._layout: Layout | None = None
 
-    @cached_property
+    @property
     def layout(self) -> "Layout":
-        """The same as tensors, made on the host and copied at once. The host does not wait for the copy."""
+        """The same as tensors, made once, on the host, and copied at once. The host does not wait for the copy."""
+        # No `cached_property`: up to Python 3.11 it holds a lock, and tools that send custom code by value can not pickle one.
+        if self._layout is None:
+            self._layout = self._make_layout()
+        return self._layout
+
+    def _make_layout(self) -> "Layout":
         sizes, num_keep = np.array(self.sizes), np.array(self.num_keep)
         starts, kept_starts = sizes.cumsum() - sizes, num_keep.cumsum() - num_keep
         sides = np.array([(1, *grid)[-3:] for grid in self.grids])
