@@ -157,6 +157,10 @@ class GridBatch:
             self._layout = self._make_layout()
         return self._layout
 
+    @layout.setter
+    def layout(self, layout: "Layout") -> None:
+        self._layout = layout
+
     def _make_layout(self) -> "Layout":
         sizes, num_keep = np.array(self.sizes), np.array(self.num_keep)
         starts, kept_starts = sizes.cumsum() - sizes, num_keep.cumsum() - num_keep
