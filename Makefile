@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO
 
-.PHONY: help demo test test-oldest test-vllm train accuracy bench bench-gpu lint format clean
+.PHONY: help demo test test-oldest test-vllm train accuracy bench bench-gpu bench-serving lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BEN
 
 bench-gpu: ## all GPU tests and measurements, on a CUDA machine with what is installed there
 	$(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
+
+bench-serving: .venv-vllm/.installed ## a vLLM server pruned and unpruned, on this CPU; on a GPU: docs/serving.md; BENCH_ARGS= is passed on
+	VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python benchmarks/serving.py --output benchmarks/results $(BENCH_ARGS)
 
 lint: .venv/.installed ## check style
 	.venv/bin/ruff check .

@@ -22,6 +22,7 @@ import gpu
 import measurement
 import prefill
 import selection
+import serving
 from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory, make_inputs, make_models
 from measurement import fixed_features
 
@@ -206,11 +207,12 @@ def test_selection(monkeypatch, capsys):
     assert "| tokens | kept |" in printed
 
 
-@pytest.mark.parametrize("module", [prefill, decode, selection], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [prefill, decode, selection, serving], ids=lambda module: module.__name__)
 def test_a_result_is_plotted_later(module, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     row = {"attention": "sdpa", "model": "pruned", "cache": "static", "ratio": 0.9, "tower_s": 1, "prefill_s": 2}
     row |= {"selection_s": None, "images": 1, "tokens": 9, "dtype": "float32", "token_batch": 1, "total_s": 1}
+    row |= {"clients": 1, "server": "pruned", "requests_per_s": 1}
     run = {"model": "0.5b", "batch": 1, "theory": {"tokens": 9}, "rows": [row]}
     result = measurement.environment("cpu") | {"repeats": 20, "runs": [run], "rows": [row]}
     (tmp_path / "result.json").write_text(json.dumps(result))
@@ -241,6 +243,110 @@ def test_no_more_is_needed_than_a_gpu_machine_has():
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["runs"][0]["rows"]) == 2
+
+
+# Serving with vLLM: what can be tried without it
+
+
+def test_requests_that_fit_by_hand():
+    # LLaVA-1.5-7B with 4 tokens of answer: 640 tokens are 20 blocks of 32, the 128 that stay are 4; 16 groups of 2 layers
+    request = Request(GEOMETRIES["llava-1.5-7b"])
+    assert serving.blocks_of_request(640, 128, groups=16, block_size=32) == 20 + 15 * 4
+    for server, blocks, fit in (("pruned", 80, 3), ("unpruned", 16 * 20, 3), ("stock", 20, 3)):
+        assert serving.requests_that_fit(server, request, 4, 1 + fit * blocks, 32) == fit
+        assert serving.requests_that_fit(server, request, 4, fit * blocks, 32) == fit - 1
+
+
+def test_a_cache_for_so_many_requests_holds_them():
+    # 636 tokens and 4 of answer are 5 blocks of 128, so 3 requests and vLLM's block are 16; 4096 keys and values, 32 layers
+    request = Request(GEOMETRIES["llava-1.5-7b"])
+    assert serving.cache_bytes_for(3, request, 4, torch.bfloat16) == 2 * 2 * 4096 * 32 * 16 * 128
+    assert serving.requests_that_fit("stock", request, 4, 16, 128) == 3
+
+
+def test_a_row_of_the_serving_table_by_hand():
+    bursts = [
+        serving.Burst(4.0, [1.0, 2.0], [70, 72], [10, 10], in_use=0.25, preempted=1, others=0.5),
+        serving.Burst(1.0, [3.0, 9.0], [70, 72], [10, 15], in_use=0.5, preempted=2, others=1.0),
+    ]
+    row = serving.summary(bursts)
+    assert row == {
+        "requests": 4,
+        "requests_per_s": 4 / 5,
+        "tokens_per_s": 45 / 5,
+        "ttft_median_s": 2.5,
+        "ttft_p99_s": 9.0,
+        "prompt_tokens": 71,
+        "cache_in_use": 0.5,
+        "preempted": 3,
+        "others_cpu": 3 / 5,
+    }
+    assert serving.percentile(range(1, 101), 99) == 99
+    unpruned, pruned = {"clients": 8, "server": "unpruned"} | row, {"clients": 8, "server": "pruned"} | row
+    rows = serving.compare([unpruned, pruned | {"requests_per_s": 2.0}, unpruned | {"clients": 1, "requests_per_s": 0.1}])
+    assert [row["times_more"] for row in rows] == [1, 2.5, 1]
+    table = serving.shown(rows[1] | {"fit": 17})
+    assert (table["times"], table["fit"], table["cache"], table["TTFT 99 % s"]) == ("2.50", 17, "50.0 %", "9")
+
+
+METRICS = """# HELP vllm:kv_cache_usage_perc KV-cache usage.
+vllm:kv_cache_usage_perc{engine="0",model_name="/tmp/repo"} 0.245
+vllm:num_preemptions_total{engine="0",model_name="/tmp/repo"} 3.0
+vllm:cache_config_info{block_size="128",enable_prefix_caching="False",num_gpu_blocks="588"} 1.0
+"""
+
+
+def test_metrics_of_a_server():
+    assert serving.gauge(METRICS, "kv_cache_usage_perc") == 0.245
+    assert serving.gauge(METRICS, "num_preemptions_total") == 3
+    assert serving.cache_blocks(METRICS) == (588, 128)
+    with pytest.raises(RuntimeError, match="no vllm:num_requests_running"):
+        serving.gauge(METRICS, "num_requests_running")
+
+
+def test_options_of_the_servers(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["serving.py", "--model", "llava-1.5-7b", "--servers", "unpruned", "pruned", "stock", "--", "-x"]
+    )
+    parsed = []
+    monkeypatch.setattr(serving, "run", lambda arguments, *_: parsed.append(arguments))
+    serving.main()
+    request = Request(GEOMETRIES["llava-1.5-7b"])
+    options = {server: serving.server_options(server, request, 5, parsed[0]) for server in serving.SERVERS}
+    assert "--hf-overrides" not in options["pruned"] and options["pruned"][-1] == "-x"
+    overrides = {
+        name: json.loads(given[given.index("--hf-overrides") + 1]) for name, given in options.items() if name != "pruned"
+    }
+    assert overrides == {"unpruned": {"pruning_ratio": 0.0}, "stock": {"architectures": ["LlavaForConditionalGeneration"]}}
+
+
+def test_a_server_that_does_not_start_says_why_and_is_gone(monkeypatch, tmp_path):
+    started, log = [], tmp_path / "log"
+    popen = subprocess.Popen
+    script = "print('no such model', flush=True); raise SystemExit(1)"
+
+    def fake(command, **options):
+        started.append(popen([sys.executable, "-S", "-c", script], **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", fake)
+    with pytest.raises(RuntimeError, match=r"did not start(.|\n)*no such model"), serving.serving(tmp_path, [], log):
+        pass
+    assert started[0].poll() is not None
+
+
+def test_a_server_ends_with_an_error_in_the_benchmark(monkeypatch, tmp_path):
+    started, popen = [], subprocess.Popen
+
+    def fake(command, **options):
+        started.append(popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", fake)
+    monkeypatch.setattr(serving, "wait_for", lambda *_: None)
+    with pytest.raises(KeyError), serving.serving(tmp_path, [], tmp_path / "log"):
+        raise KeyError
+    assert started[0].poll() is not None
 
 
 # One command for a GPU machine
