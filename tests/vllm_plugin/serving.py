@@ -54,10 +54,10 @@ def questions(number: int) -> list[tuple]:
 
 
 @lru_cache
-def reference():
-    """The root model and its processor in transformers."""
-    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+def reference(repo: Path = ROOT):
+    """A model, if not said otherwise that at the root, and its processor in transformers."""
+    model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 
 
 def prompt_text(processor, num_images: int, text: str) -> str:
