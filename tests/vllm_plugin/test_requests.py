@@ -108,18 +108,6 @@ def test_a_hundred_mixes_with_preemption_and_aborts_are_as_alone(llm, free_block
         assert kept_of(done[number]) == kept
 
 
-def test_a_soak_of_short_requests_with_aborts_leaves_every_block_free(llm, free_blocks):
-    _, processor = reference()
-    rng = random.Random(1)
-    for _ in range(6):
-        requests = [
-            (vllm_prompt(images, prompt_text(processor, len(images), text)), greedy(rng.randint(1, 4), **arguments(ratio)))
-            for images, text, ratio in mixes(40, seed=rng.randrange(1000))
-        ]
-        done = run(llm, requests, aborted=rng.sample(range(40), 12))
-        assert len(done) >= 28
-
-
 def test_text_may_be_cut_before_and_after_a_picture_and_a_picture_not(llm, free_blocks):
     """600 tokens a step: text of any length, then a picture that does not fit behind it, then text."""
     _, processor = reference()

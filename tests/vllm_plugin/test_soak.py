@@ -21,14 +21,14 @@ from tests.vllm_plugin.tiny import tiny_repo
 
 
 NUM_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "2000"))
-# Of 32 tokens, for about four of the longest requests: many have to wait, and some give up their blocks for others.
-NUM_BLOCKS = 40
+# Of 32 tokens, for a few requests: many have to wait, and some give up their blocks for others.
+NUM_BLOCKS = 60
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     repo = tiny_repo("qwen2_5_vl", tmp_path_factory.mktemp("soak"))
-    with engine(repo, num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=1024, max_model_len=1024) as llm:
+    with engine(repo, num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=1024, max_model_len=640) as llm:
         yield llm, reference(repo)[1]
 
 
