@@ -71,7 +71,7 @@ def share(need: int, sizes: list[int], num_distinct: list[int], others: int) -> 
     total = need - others
     rest, passed, quotas = max(0, total - sum(lower)), 0, []
     for group, (least, most) in enumerate(zip(lower, upper, strict=True)):
-        reached = round(sum(num_distinct[: group + 1]) / sum(num_distinct) * rest)
+        reached = round(sum(num_distinct[: group + 1]) * rest / sum(num_distinct))
         quotas.append(min(least + reached - passed, most))
         passed = reached
     for group in sorted(range(len(sizes)), key=lambda group: -num_distinct[group]):

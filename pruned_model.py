@@ -171,7 +171,7 @@ class PrunedModelMixin:
         super().__init__(config)
         prune_decoder(self.language_model, self.decoder_layers)
         if config.pruning_settings() is not None:
-            self._refuse_unknown_tower()
+            self.refuse_unknown_tower()
 
     @takes_stock_positions
     @takes_cache
@@ -195,7 +195,7 @@ class PrunedModelMixin:
         has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         if settings is not None:
-            self._refuse_unknown_tower()
+            self.refuse_unknown_tower()
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
@@ -266,7 +266,8 @@ class PrunedModelMixin:
         `TowerSignals` each, as attribute `tower`, where `config.looks_at_tower`."""
         return None
 
-    def _refuse_unknown_tower(self) -> None:
+    def refuse_unknown_tower(self) -> None:
+        """Raise a ValueError where the method looks at a vision tower of which nobody says how."""
         if self.config.looks_at_tower and self.tower_blocks() is None:
             raise ValueError(
                 f"pruning_method {self.config.pruning_method!r} looks at the attention in the vision tower, but what that is "

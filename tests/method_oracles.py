@@ -248,7 +248,7 @@ def prunesid(image, **_):
         up = np.minimum(up + 1, sizes)
     total = need - has_class_token
     rest = max(0, total - low.sum())
-    quotas = np.minimum(np.diff(np.round(np.cumsum(counts / counts.sum()) * rest), prepend=0).astype(int) + low, up)
+    quotas = np.minimum(np.diff(np.round(np.cumsum(counts) * rest / counts.sum()), prepend=0).astype(int) + low, up)
     for group in np.argsort(-counts, kind="stable"):
         quotas[group] += max(0, min(up[group] - quotas[group], total - quotas.sum()))
     chosen = [int(token) for order, quota in zip(orders, quotas, strict=True) for token in order[:quota]]

@@ -34,7 +34,7 @@ def clip(tmp_path_factory):
     ends = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1}
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = CLIPConfig(
-        text_config={"hidden_size": 16, "vocab_size": len(vocabulary), **sizes, **ends},
+        text_config={"hidden_size": 16, "projection_dim": 12, "vocab_size": len(vocabulary), **sizes, **ends},
         vision_config={"hidden_size": 32, "image_size": 28, "patch_size": 14, **sizes},
         projection_dim=12,
     )
