@@ -218,7 +218,8 @@ class PruningConfig(method_keys()):
                 f"{self.pruning_preset!r}."
             )
         try:
-            return method.Parameters(**method.presets[self.pruning_preset] | values)
+            defaults = method.defaults_for(self.base_model_type)
+            return method.Parameters(**defaults | method.presets[self.pruning_preset] | values)
         except ValueError as error:
             raise ValueError(f"pruning_{error}") from None
 
@@ -233,7 +234,11 @@ class PruningConfig(method_keys()):
     @property
     def looks_at_tower(self) -> bool:
         """Whether the method looks at the vision tower, which then notes what it attends to."""
-        return self.pruning_method in METHODS and "tower" in METHODS[self.pruning_method].looks_at
+        return self.pruning_method in METHODS and "tower" in self._method().looks_at
+
+    def _method(self) -> PruningMethod:
+        num_layers = self.get_text_config(decoder=True).num_hidden_layers
+        return METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, num_layers)
 
     def pruning_settings(self, pruning_ratio: float | None = None) -> PruningSettings | None:
         """What a call prunes with the values of this moment, or None when pruning is off.
@@ -259,13 +264,7 @@ class PruningConfig(method_keys()):
                 f"pruning_positions='packed' counts tokens one by one, but positions of this {text_config.model_type} model "
                 "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
             )
-        method = METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, text_config.num_hidden_layers)
-        if self.looks_at_tower and (tower := self.vision_config.model_type) != "clip_vision_model":
-            raise ValueError(
-                f"pruning_method {self.pruning_method!r} looks at the attention of the class token of a CLIP vision tower, but "
-                f"the tower of this model is {tower!r}, which has none. Choose a method that does not look at the tower."
-            )
-        first = method.stage_layers()[0]
+        first = self._method().stage_layers()[0]
         window = getattr(text_config, "sliding_window", None)
         layer_types = getattr(text_config, "layer_types", None)
         if layer_types is None:

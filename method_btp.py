@@ -1,47 +1,88 @@
 """BTP as a pruning method."""
 
+from dataclasses import dataclass
+
 import torch
 
-from .pruning_method import PruningMethod, farthest, largest, unit
+from .pruning_method import MethodParameters, PruningMethod, choice, farthest, largest, unit
 
 
-# Stages of LLaVA-1.5 (32 layers): input layer, share of the image that is left, and of the share what comes by max-min on
-# hidden states, by attention (and how many candidates it has, as a multiple), and by max-min on the grid.
-STAGES = (
-    (3, 1 / 2, 86 / 288, 86 / 288, 318 / 86, 144 / 288),
-    (6, 1 / 4, 14 / 144, 129 / 144, 193 / 129, 0.0),
-    (14, 1 / 12, 0.0, 1.0, 57 / 48, 0.0),
-    (22, 0.0, 0.0, 0.0, 0.0, 0.0),
-)
+# The authors' schedules: the number of decoder layers they are for, and of each stage its layer, the share of the image that is
+# left, and of that what comes by max-min on hidden states, by attention (and how many candidates it has, as a multiple), and by
+# max-min on the grid.
+SCHEDULES = {
+    "llava": (
+        32,
+        (
+            (3, 1 / 2, 86 / 288, 86 / 288, 318 / 86, 144 / 288),
+            (6, 1 / 4, 14 / 144, 129 / 144, 193 / 129, 0.0),
+            (14, 1 / 12, 0.0, 1.0, 57 / 48, 0.0),
+            (22, 0.0, 0.0, 0.0, 0.0, 0.0),
+        ),
+    ),
+    "qwen2_5_vl": (
+        28,
+        (
+            (3, 1 / 2, 0.0, 0.12, 1.0, 0.0),
+            (6, 1 / 4, 0.0, 0.4, 1.0, 0.0),
+            (15, 1 / 8, 0.0, 1.0, 1.2, 0.0),
+            (22, 0.0, 0.0, 0.0, 0.0, 0.0),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BTPParameters(MethodParameters):
+    """Parameters of BTP.
+
+    Args:
+        schedule: whose stages and shares, "llava" (LLaVA-1.5) or "qwen2_5_vl". Models of Qwen's kind have the second unless
+            it is set, all others the first.
+    """
+
+    schedule: str = "llava"
+
+    legal = {"schedule": choice(*SCHEDULES)}
 
 
 class BTP(PruningMethod):
     """Spread tokens first, attended ones later, none at the end: balanced token pruning (BTP, arXiv 2505.22038).
 
-    Four stages at layers 3, 6, 14 and 22 of 32 (scaled to the decoder). Each keeps the union of tokens far apart in hidden
-    states, of those with the highest logits of the last query in the layer below (the first half of the image before the
-    second), and at the first stage of those far apart on the grid; what is missing is filled by max-min. The last stage drops
-    the image. The authors' schedule on LLaVA-1.5 is that of a `pruning_ratio` of 0.856; others scale the counts.
+    Four stages, at layers 3, 6, 14 and 22 of 32 for LLaVA-1.5, and at 3, 6, 15 and 22 of 28 for Qwen2.5-VL. Each keeps the
+    union of tokens far apart in hidden states, of those with the highest logits of the last query in the layer below (the
+    first half of the image before the second), and of those far apart on the grid, in shares that the schedule says; what is
+    missing is filled by max-min. The last stage drops the image. The authors' schedules are those of a `pruning_ratio` of
+    0.856 (LLaVA-1.5) and 0.815 (Qwen2.5-VL); others scale the counts.
 
-    Deviations: the authors calibrate layers and shares for each model on training data and give those of LLaVA-1.5 and
-    Qwen2.5-VL; here those of LLaVA-1.5 hold for all. A token is counted once in the union, where the authors' second stage may
-    keep it twice; quotas that make more than the budget are cut, where the authors' code prints "Bug!" and goes on. The first
-    half is the half of what is left, as their paper says; their code passes the budget, which is that in the first two stages.
+    Deviations: the authors calibrate a schedule for each model on training data and give these two. Other models have no
+    calibration of their own: they take the nearer one, with its layers scaled to the decoder's depth, which is a guess. Counts
+    are shares of the budget, rounded, where the authors' are truncated. A token is counted once in the union, where the
+    authors' second stage may keep it twice; quotas that make more than the budget are cut, where the authors' code prints
+    "Bug!" and goes on. The first half is the half of what is left, as their paper says; their code passes the budget, which is
+    that but for LLaVA's third stage.
     """
 
+    Parameters = BTPParameters
     looks_at = frozenset({"attention"})
 
+    @classmethod
+    def defaults_for(cls, model_type):
+        return {"schedule": "qwen2_5_vl"} if model_type.startswith("qwen") else {}
+
     def stage_layers(self):
+        depth, stages = SCHEDULES[self.parameters.schedule]
         layers = []
-        for layer, *_ in STAGES:
-            layers.append(max(round(layer * self.num_layers / 32), layers[-1] + 1 if layers else 1))
+        for layer, *_ in stages:
+            layers.append(max(round(layer * self.num_layers / depth), layers[-1] + 1 if layers else 1))
         return tuple(layer for layer in layers if layer < self.num_layers)
 
     def stage_shares(self):
-        return tuple(share for _, share, *_ in STAGES[: len(self.stage_layers())])
+        _, stages = SCHEDULES[self.parameters.schedule]
+        return tuple(share for _, share, *_ in stages[: len(self.stage_layers())])
 
     def select(self, image):
-        _, _, spread, attended, candidates, spatial = STAGES[image.stage]
+        _, _, spread, attended, candidates, spatial = SCHEDULES[self.parameters.schedule][1][image.stage]
         num_keep, num_tokens = image.num_keep, len(image.indices)
         distance = torch.tensor([])
         order = []

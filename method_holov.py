@@ -26,11 +26,12 @@ class HoloV(PruningMethod):
     """Share the budget among stretches of the image by their attention, and keep the attended patches of each, before the
     decoder (HoloV, arXiv 2510.02912).
 
-    A stretch is a run of the raster, scored by the mean of 1000 a + alpha v mean(1000 a) / mean(v), a the attention of the
-    tower's class token and v the variance of a token's cosines within the run, of the projected features.
+    A stretch is a run of the raster, scored by the mean of 1000 a + alpha v mean(1000 a) / mean(v), a the attention that a
+    patch gets in the tower and v the variance of a token's cosines within the run, of the projected features.
 
     Deviations: a quota is cut to its run and the rest goes to the best runs with room, where the authors append rows of zeros;
-    the number of runs is that of the authors' Qwen code, which their LLaVA code sets to 16. As in theirs, v hardly matters.
+    the number of runs is that of the authors' Qwen code, which their LLaVA code sets to 16; there attention is brought into
+    the order of the features, which the authors' code leaves window by window. As in theirs, v hardly matters.
     """
 
     Parameters = HoloVParameters

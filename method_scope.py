@@ -24,7 +24,7 @@ class SCOPE(PruningMethod):
     """Keep attended patches that cover what is not covered yet, before the decoder (SCOPE, arXiv 2510.24214).
 
     Greedy: the patch of largest a^alpha * sum_i max(0, S_ij - covered_i), where S are cosines of the tower's states before the
-    projector and a is the attention of its class token.
+    projector and a the attention that each gets in it (`tower_signals.py`).
 
     Deviation: each grid of an image has a budget of its own, as the authors' LLaVA-NeXT code does per tile.
     """

@@ -26,7 +26,8 @@ class VisionZip(PruningMethod):
 
     Contextual tokens are taken at equal distances from the rest in raster order; every other patch joins the one whose key in
     the tower is most like its own. Their states before the projector become target + mean of the joined, as in the authors'
-    code: a sum, not an average.
+    code: a sum, not an average. Where the tower merges patches itself (Qwen), the features of a target and of all that join it
+    become their mean, as in the port of AngelSlim; DeepStack features stay those of the target.
 
     Deviations: the class token, which the authors send along and count, has no place in the prompt; its place in the budget
     goes to one more patch. Tokens stay in raster order at their places, where the authors put the contextual ones last.
@@ -55,9 +56,12 @@ class VisionZip(PruningMethod):
         for image, (targets, others, owner) in zip(tokens.images(), self.groups, strict=True):
             states = image.tower.states
             counts = torch.zeros(len(targets), dtype=states.dtype, device=states.device)
-            counts = counts.index_add(0, owner, torch.ones_like(owner, dtype=states.dtype)).clamp_min(1)
+            counts = counts.index_add(0, owner, torch.ones_like(owner, dtype=states.dtype))[:, None]
             sums = torch.zeros_like(states[targets]).index_add(0, owner, states[others])
-            rows = image.tower.project(states[targets] + sums / counts[:, None]).to(merged)
+            if image.tower.project is None:
+                rows = ((states[targets] + sums) / (1 + counts)).to(merged)
+            else:
+                rows = image.tower.project(states[targets] + sums / counts.clamp_min(1)).to(merged)
             is_kept = torch.isin(targets + start, selection.kept)
             merged = merged.index_copy(0, torch.searchsorted(selection.kept, (targets + start)[is_kept]), rows[is_kept])
             start += len(states)

@@ -24,8 +24,8 @@ class VisPruner(PruningMethod):
     """Keep attended patches, and of the rest those without a duplicate, before the decoder (VisPruner, arXiv 2412.01818).
 
     The rest, by attention, is split into every first and every second one; up to eight of the first with the most similar
-    partner among the second leave, round after round. Attention of the tower's class token, cosines of its states before the
-    projector.
+    partner among the second leave, round after round. Attention of the class token, or received where there is none, as
+    `tower_signals.py` says; cosines of the tower's states before the projector.
 
     Deviation: a round drops at most as many as the first half has, where the authors' code fails on odd or small rests.
     """

@@ -9,7 +9,6 @@ Class tokens and newlines are structure: never candidates, always kept. Everythi
 `pruned_model.py`.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -34,6 +33,7 @@ from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextCon
 from .pruned_decoder import GridView, PrunedLayerMixin, video_views
 from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
 from .pruning_method import TowerSignals
+from .tower_signals import attention_to_patches, watch
 
 
 class LlamaDecoderLayer(PrunedLayerMixin, modeling_llama.LlamaDecoderLayer):
@@ -53,13 +53,13 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
 
     decoder_layers = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
-    def with_tower_signals(self, encode: Callable, feature_layer: int | list[int] | None):
-        """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower`, where the method asks for it.
+    def tower_blocks(self):
+        blocks = next((module for module in self.vision_tower.modules() if isinstance(module, nn.ModuleList)), None)
+        return blocks if blocks is not None and hasattr(blocks[0], "layer_norm1") else None  # of CLIP's and SigLIP's kind
 
-        The row of the class token is computed again from the input of the block that makes the features, so it depends on no
-        attention backend.
-        """
-        if not self.config.looks_at_tower:
+    def with_tower_signals(self, encode: Callable, feature_layer: int | list[int] | None):
+        """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower` if the method asks for it."""
+        if not self.config.looks_at_tower or (blocks := self.tower_blocks()) is None:
             return encode()
         feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
         if not isinstance(feature_layer, int):
@@ -67,27 +67,17 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
                 f"pruning_method {self.config.pruning_method!r} looks at the block of the tower that makes the features, but "
                 f"they are of several with vision_feature_layer={feature_layer}. Choose one layer, or another method."
             )
-        blocks = next(module for module in self.vision_tower.modules() if isinstance(module, nn.ModuleList))
         block = blocks[len(blocks) + feature_layer if feature_layer < 0 else feature_layer - 1]
-        seen, thread = {}, threading.get_ident()
-
-        def keep(module, args, kwargs, output):
-            if threading.get_ident() == thread:
-                seen["input"] = args[0] if args else kwargs["hidden_states"]
-                seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
-
-        hook = block.register_forward_hook(keep, with_kwargs=True)
-        try:
+        with watch(block) as seen:
             outputs = encode()
-        finally:
-            hook.remove()
-        attention, keys = class_token_attention(block, seen["input"].detach())
-        channels = torch.cat([attention[..., None], keys, seen["output"][:, 1:].float()], dim=-1)
+        has_class_token = any(name.endswith("class_embedding") for name, _ in self.vision_tower.named_parameters())
+        attention, keys = attention_to_patches(block, seen["hidden_states"].detach(), has_class_token)
+        channels = torch.cat([attention[..., None], keys, seen["output"][:, int(has_class_token) :].float()], dim=-1)
         for features in outputs.pooler_output:
             num_tiles = features.packed_tiles.num_tiles if hasattr(features, "packed_tiles") else 1
             rows, channels = self.pack_channels(channels[:num_tiles], features), channels[num_tiles:]
             parts = rows.split([1, keys.shape[-1], rows.shape[-1] - 1 - keys.shape[-1]], dim=-1)
-            features.tower = TowerSignals(parts[0][:, 0], parts[2], parts[1], self.project_states)
+            features.tower = TowerSignals(parts[0][:, 0], parts[2], parts[1], self.project_states, has_class_token)
         return outputs
 
     def project_states(self, states: torch.Tensor) -> torch.Tensor:
@@ -97,25 +87,6 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
     def pack_channels(self, channels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """[tiles, patches, c], what is known of an image's patches -> [num_features, c], in the order of its features."""
         return nn.functional.pad(channels[0], (0, 0, len(features) - channels.shape[1], 0))
-
-
-@torch.no_grad()
-def class_token_attention(block: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much the class token attends to each patch in a block of CLIP's tower, and the patches' keys, as means over heads.
-
-    Args:
-        hidden_states: [tiles, 1 + patches, tower_size], the block's input.
-
-    Returns:
-        [tiles, patches] and [tiles, patches, head_dim], float32. The softmax is over the class token too.
-    """
-    attention = block.self_attn
-    normed = block.layer_norm1(hidden_states)
-    shape = (attention.num_heads, attention.head_dim)
-    query = attention.q_proj(normed[:, 0]).unflatten(-1, shape).float()
-    keys = attention.k_proj(normed).unflatten(-1, shape).float()
-    weights = (torch.einsum("thd,tnhd->thn", query, keys) * attention.head_dim**-0.5).softmax(-1)
-    return weights.mean(1)[:, 1:], keys.mean(2)[:, 1:]
 
 
 class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):

@@ -7,6 +7,8 @@ the cache, so that two requests do not meet. Everything else is in `pruned_decod
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import can_return_tuple
+from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
 from .pruned_cache import CACHE_NAME, position_notes
@@ -31,6 +34,8 @@ from .pruned_model import (
     explained_to_later_turns,
     pruned_forward,
 )
+from .pruning_method import TowerSignals
+from .tower_signals import attention_to_merged, watch
 
 
 class Qwen2VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_vl.Qwen2VLDecoderLayer):
@@ -54,15 +59,39 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         """As in the stock class. Each tensor of `pooler_output` gets an attribute `grid_views` that says what grids it forms:
         the features travel through `generate` without `image_grid_thw`."""
         views = self._grid_views("image_grid_thw", image_grid_thw, pixel_values)
-        outputs = super().get_image_features(pixel_values, image_grid_thw, **(kwargs | {"return_dict": True}))
-        return _with_views(outputs, views)
+        encode = partial(super().get_image_features, pixel_values, image_grid_thw, **(kwargs | {"return_dict": True}))
+        return _with_views(self.with_tower_signals(encode, image_grid_thw), views)
 
     @can_return_tuple
     def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor | None = None, **kwargs):
         """As in the stock class, with `grid_views` as in `get_image_features`."""
         views = self._grid_views("video_grid_thw", video_grid_thw, pixel_values_videos)
-        outputs = super().get_video_features(pixel_values_videos, video_grid_thw, **(kwargs | {"return_dict": True}))
-        return _with_views(outputs, views)
+        encode = partial(super().get_video_features, pixel_values_videos, video_grid_thw, **(kwargs | {"return_dict": True}))
+        return _with_views(self.with_tower_signals(encode, video_grid_thw), views)
+
+    def tower_blocks(self):
+        blocks = self.visual.blocks
+        return blocks if hasattr(blocks[0], "norm1") and hasattr(getattr(blocks[0], "attn", None), "qkv") else None
+
+    def with_tower_signals(self, encode: Callable, grid_thw: torch.LongTensor):
+        """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower` if the method asks for it."""
+        if not self.config.looks_at_tower or (blocks := self.tower_blocks()) is None:
+            return encode()
+        tower = self.config.vision_config
+        windowless = getattr(tower, "fullatt_block_indexes", None)  # of Qwen2.5-VL, whose other blocks attend to windows
+        block, num_merged = blocks[max(windowless) if windowless else -1], tower.spatial_merge_size**2
+        with watch(block) as seen:
+            outputs = encode()
+        attention, keys = attention_to_merged(block, seen, num_merged)
+        if windowless is not None:  # the blocks have the tokens window by window
+            sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
+            order = get_vision_window_index(grid_thw, *sizes)[0].argsort().to(attention.device)
+            attention, keys = attention[order], keys[order]
+        lengths = [len(features) for features in outputs.pooler_output]
+        parts = zip(outputs.pooler_output, attention.split(lengths), keys.split(lengths), strict=True)
+        for features, received, own_keys in parts:
+            features.tower = TowerSignals(received, features.float(), own_keys, project=None, has_class_token=False)
+        return outputs
 
     def _grid_views(self, name: str, grid_thw: torch.LongTensor | None, pixels: torch.Tensor) -> list[list[GridView]]:
         if grid_thw is None:

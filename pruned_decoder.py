@@ -124,7 +124,8 @@ class VisualGrid:
         if not hasattr(self.features, "tower"):
             raise ValueError(
                 f"The {self.modality} features of shape {tuple(self.features.shape)} do not tell what the vision tower "
-                "attended to, which pruning_method looks at. Encode the pixels after pruning_method is set."
+                "attended to, which pruning_method looks at. Encode the pixels after pruning_method is set. Videos of LLaVA "
+                "never tell: they are pooled behind the projector, for which no author says what to look at."
             )
         return self.features.tower.of(self.tokens)
 
@@ -397,6 +398,7 @@ class PruningPlan:
         layer: the first of the layers.
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
+        question: what the caller gave as `pruning_question`.
         record: what was kept, once the last stage has run.
     """
 
@@ -419,6 +421,7 @@ class PruningPlan:
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
+        self.question: str | Sequence[str] | None = None
         self.record: PruningRecord | None = None
         counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
         self.stages, prepared_masks = [], prepared_masks or {}
@@ -713,9 +716,26 @@ class PruningPlan:
                 "text": partial(self._text_of, hidden_states.detach(), is_text, stage.keys),
                 "final_norm": self.decoder.norm,
             }
+        if "question" in looks_at:
+            questions = self._questions(len(hidden_states))
+            signals["question"] = lambda image: questions[self.grids[image].row]
         if "tower" in looks_at:
             signals["tower"] = lambda image: self.grids[image].tower()
         return signals
+
+    def _questions(self, batch: int) -> Sequence[str]:
+        """The text of each row.
+
+        Raises:
+            ValueError: unless the caller gave one for each.
+        """
+        questions = [self.question] if isinstance(self.question, str) else self.question
+        if questions is None or len(questions) != batch or not all(isinstance(text, str) for text in questions):
+            raise ValueError(
+                f"pruning_method {self.settings.method!r} looks at the question here: pass pruning_question to forward or "
+                f"generate, a list of one string for each of the {batch} rows, but it is {self.question!r}."
+            )
+        return questions
 
     def _new_mask(self, length: int) -> torch.BoolTensor | None:
         """[batch, length] bool on the host, the call's tokens that are no padding; None where none is."""

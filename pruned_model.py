@@ -62,10 +62,17 @@ class PruningRequest:
         num_outputs: how many of the last outputs are asked for, or 0 where that is not said. All but the first may belong to
             candidates of speculative decoding, which can copy placeholders from the prompt.
         has_labels: whether the loss is computed here, where it is known what was dropped.
+        question: the text of each row, or of the only one, for methods that look at it.
     """
 
-    def __init__(self, ratio: float | None = None, num_outputs: int = 0, has_labels: bool = False):
-        self.ratio, self.num_outputs, self.has_labels = ratio, num_outputs, has_labels
+    def __init__(
+        self,
+        ratio: float | None = None,
+        num_outputs: int = 0,
+        has_labels: bool = False,
+        question: str | Sequence[str] | None = None,
+    ):
+        self.ratio, self.num_outputs, self.has_labels, self.question = ratio, num_outputs, has_labels, question
         self.plan: PruningPlan | None = None
 
     @property
@@ -180,6 +187,8 @@ class PrunedModelMixin:
         config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         prune_decoder(self.language_model, self.decoder_layers)
+        if config.pruning_settings() is not None:
+            self.refuse_unknown_tower()
 
     @takes_stock_positions
     @takes_cache
@@ -192,15 +201,18 @@ class PrunedModelMixin:
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pruning_ratio: float | None = None,
+        pruning_question: str | Sequence[str] | None = None,
         pruning_request: PruningRequest | None = None,
         **kwargs,
     ):
-        """The stock class's `forward`, with `pruning_ratio` for this call."""
-        request = pruning_request or PruningRequest(pruning_ratio)
+        """The stock class's `forward`, with `pruning_ratio` and `pruning_question` for this call."""
+        request = pruning_request or PruningRequest(pruning_ratio, question=pruning_question)
         if request.ratio is not None:
             check_ratio(request.ratio)
         has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
+        if settings is not None:
+            self.refuse_unknown_tower()
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             check_mask(attention_mask)
@@ -241,7 +253,7 @@ class PrunedModelMixin:
         plan = request.plan = make_plan(
             self.language_model, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
         )
-        plan.deepstack = self.deepstack(encoded, visuals)
+        plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
             attention_mask=None if plan.layer == 0 else stock_mask(attention_mask),  # of which no layer would use it
@@ -265,6 +277,20 @@ class PrunedModelMixin:
             elif f"{visual.modality}_hidden_states" in fields:
                 outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
         return outputs
+
+    def tower_blocks(self) -> nn.ModuleList | None:
+        """The blocks of the vision tower, where the family knows what methods look at in them, and its features come with a
+        `TowerSignals` each, as attribute `tower`, where `config.looks_at_tower`."""
+        return None
+
+    def refuse_unknown_tower(self) -> None:
+        """Raise a ValueError where the method looks at a vision tower of which nobody says how."""
+        if self.config.looks_at_tower and self.tower_blocks() is None:
+            raise ValueError(
+                f"pruning_method {self.config.pruning_method!r} looks at the attention in the vision tower, but what that is "
+                f"in a {self.config.model_type} model with a tower of type {self.config.vision_config.model_type!r} is not "
+                "known. Choose a method that does not look at the tower."
+            )
 
     def has_visuals(self, inputs: dict) -> bool:
         """Whether images or videos come with a call, as pixels or encoded."""
@@ -422,7 +448,9 @@ class PrunedForConditionalGenerationMixin:
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
         )
-        if not model_kwargs.get("use_cache", True):
+        if model_kwargs.get("use_cache", True):
+            model_kwargs.pop("pruning_question", None)  # looked at with the images; compiled decoding would compile it in
+        else:
             model_kwargs["num_needed_outputs"] = model_kwargs.get("num_needed_outputs", 1) + num_new_tokens
         return model_kwargs
 
@@ -466,6 +494,9 @@ class PrunedForConditionalGenerationMixin:
         input_ids, others = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
         )
+        if (question := others.get("pruning_question")) is not None:
+            questions = [question] if isinstance(question, str) else question
+            others["pruning_question"] = [text for text in questions for _ in range(expand_size)]
         return input_ids, others | visuals
 
     def repeat_visuals(self, repeats: int, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
@@ -590,7 +621,7 @@ def _reorder(features, order: list[int]):
 
 
 def pruned_forward(stock_class: type) -> Callable:
-    """The `forward` of a stock generating class that also takes `pruning_ratio`.
+    """The `forward` of a stock generating class that also takes `pruning_ratio` and `pruning_question`.
 
     What was kept is an attribute `pruning_record` of the outputs and none of their items, which are tensors as the stock
     class's. Labels that a dropped token would have to predict do not count in the loss.
@@ -598,15 +629,18 @@ def pruned_forward(stock_class: type) -> Callable:
     stock_forward = stock_class.forward
     parameters = list(inspect.signature(stock_forward).parameters.values())
     names = positional_names(stock_forward)
-    ratio = inspect.Parameter("pruning_ratio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in (("pruning_ratio", float | None), ("pruning_question", str | Sequence[str] | None))
+    ]
 
     @can_return_tuple
-    def forward(self, *args, pruning_ratio: float | None = None, **kwargs):
+    def forward(self, *args, pruning_ratio: float | None = None, pruning_question=None, **kwargs):
         if args:
             kwargs = named_arguments(names, args, kwargs)
         labels, logits_to_keep = kwargs.pop("labels", None), kwargs.get("logits_to_keep", 0)
         num_outputs = kwargs.pop("num_needed_outputs", logits_to_keep if isinstance(logits_to_keep, int) else 0)
-        request = PruningRequest(pruning_ratio, num_outputs, has_labels=labels is not None)
+        request = PruningRequest(pruning_ratio, num_outputs, labels is not None, pruning_question)
         outputs = stock_forward(self, **kwargs, pruning_request=request, return_dict=True)
         if labels is not None:
             options = {name: value for name, value in kwargs.items() if name not in names}
@@ -615,7 +649,7 @@ def pruned_forward(stock_class: type) -> Callable:
         outputs.pruning_record = request.record
         return outputs
 
-    forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
+    forward.__signature__ = inspect.Signature([*parameters[:-1], *added, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__
     return forward
 

@@ -67,24 +67,28 @@ def choice(*values: str) -> tuple[Callable[[object], bool], str]:
 
 @dataclass(frozen=True)
 class TowerSignals:
-    """What the vision tower knows of an image's N tokens, in the order of its features.
+    """What the vision tower knows of an image's N tokens, in the order of its features; `tower_signals.py` says where from.
 
     Attributes:
-        attention: [N] how much attention each patch gets (of the class token, mean over heads).
-        states: [N, tower_size], the tower's hidden states before the projector.
-        keys: [N, head_dim], mean over heads, of the block that made the states.
-        project: from [n, tower_size] to [n, hidden_size].
+        attention: [N] float32, how much attention each token gets, of the class token or, where there is none, of all.
+        states: [N, tower_size], the tower's hidden states before the projector; where the tower itself merges patches to
+            tokens, what it makes of them, [N, hidden_size].
+        keys: [N, head_dim], of the block of the attention.
+        project: from states [n, tower_size] to [n, hidden_size]; None where these are what the decoder gets.
+        has_class_token: whether the attention is that of one.
     """
 
     attention: torch.Tensor
     states: torch.Tensor
     keys: torch.Tensor
-    project: Callable[[torch.Tensor], torch.Tensor]
+    project: Callable[[torch.Tensor], torch.Tensor] | None
+    has_class_token: bool
 
     def of(self, tokens: torch.LongTensor) -> "TowerSignals":
         """Those of some tokens."""
         tokens = tokens.to(self.states.device)
-        return TowerSignals(self.attention[tokens], self.states[tokens], self.keys[tokens], self.project)
+        parts = (part[tokens] for part in (self.attention, self.states, self.keys))
+        return TowerSignals(*parts, self.project, self.has_class_token)
 
 
 class ImageTokens:
@@ -106,6 +110,7 @@ class ImageTokens:
         text_keys: if "keys" too, [num_key_value_heads, m, head_dim]: the call's text tokens in the row of the image, and
         is_after: [m] bool, which of them come after the image.
         final_norm: "text", the decoder's last norm.
+        question: "question", the text that the caller gave as `pruning_question` for the row of the image.
         tower: "tower", `TowerSignals` of the image's tokens that are on the grid.
     """
 
@@ -121,6 +126,8 @@ class ImageTokens:
         if "text" in signals:
             self.text_states, self.text_keys, self.is_after = signals["text"](image)
             self.final_norm = signals["final_norm"]
+        if "question" in signals:
+            self.question = signals["question"](image)
         if "tower" in signals:
             self.tower = signals["tower"](image)
 
@@ -158,7 +165,8 @@ class PruningMethod:
     Attributes:
         Parameters: the class of its own parameters.
         presets: what `pruning_preset` may name -> the parameters that differ from the paper's.
-        looks_at: of "keys", "attention", "own_attention", "text", "tower", what it needs beside the tokens' hidden states.
+        looks_at: of "keys", "attention", "own_attention", "text", "question", "tower", what it needs beside the tokens' hidden
+            states. An instance may need others, as its parameters say.
             "own_attention" is the row in the pruned layer itself, from its own projections, where "attention" is that of the
             layer below. What a layer below gives, layer 0 has not.
         counts_are_known: whether `select` always keeps `num_keep`. If not, masks are made at each stage.
@@ -167,12 +175,17 @@ class PruningMethod:
 
     Parameters: ClassVar[type] = MethodParameters
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
-    looks_at: ClassVar[frozenset[str]] = frozenset()
+    looks_at: frozenset[str] = frozenset()
     counts_are_known: bool = True
     has_merge: bool = False
 
     def __init__(self, parameters, layer: int, num_layers: int):
         self.parameters, self.layer, self.num_layers = parameters, layer, num_layers
+
+    @classmethod
+    def defaults_for(cls, model_type: str) -> dict:
+        """Parameters that the authors give for this type of base model alone, in place of the class's defaults."""
+        return {}
 
     def stage_layers(self) -> tuple[int, ...]:
         """The decoder layers at whose input tokens leave, ascending. By default `pruning_layer` alone; (0,) is before the

@@ -28,6 +28,7 @@ class Image:
     tower_attention: np.ndarray = None
     tower_states: np.ndarray = None
     tower_keys: np.ndarray = None
+    tower_has_class_token: bool = True
 
 
 def unit(rows):
@@ -75,10 +76,10 @@ def divprune(image, **_):
     return max_min(1 - features @ features.T, image.num_keep)
 
 
-def cdpruner(image, relevance_weight=1.0):
+def cdpruner(image, relevance_weight=1.0, text_tower=None, relevance=None):
     """The greedy set of the largest determinant, by determinants."""
     features = unit(image.hidden_states)
-    relevance = (features @ unit(image.text_states).T).mean(1)
+    relevance = (features @ unit(image.text_states).T).mean(1) if relevance is None else relevance
     scaled = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     if relevance_weight < 1:
         scaled = np.exp(relevance_weight / (2 * (1 - relevance_weight)) * scaled)
@@ -110,14 +111,14 @@ def saint(image, similarity_threshold=0.83, min_neighbours=5, sharpness=10.0):
     return [token for token in range(number) if token not in dropped]
 
 
-def btp(image, **_):
+def btp(image, schedule="llava"):
     if image.num_keep == 0:
         return []
-    quota = {
-        0: (86 / 288, 86 / 288, 318 / 86, 1 / 2),
-        1: (14 / 144, 129 / 144, 193 / 129, 0),
-        2: (0, 1, 57 / 48, 0),
-    }[image.stage]
+    if schedule == "llava":
+        quotas = (86 / 288, 86 / 288, 318 / 86, 1 / 2), (14 / 144, 129 / 144, 193 / 129, 0), (0, 1, 57 / 48, 0)
+    else:
+        quotas = (0, 0.12, 1, 0), (0, 0.4, 1, 0), (0, 1, 1.2, 0)
+    quota = quotas[image.stage]
     spread, attended, candidates, spatial = quota
     states, number = unit(image.hidden_states), len(image.hidden_states)
     distance = 1 - states @ states.T
@@ -214,15 +215,22 @@ def holov(image, num_crops=0, context_weight=0.09):
 
 def prunesid(image, **_):
     attention, states = image.tower_attention, image.tower_states
-    need = image.num_keep + 1
-    number = max(1, need // 4)
+    has_class_token, num_tokens = image.tower_has_class_token, len(states)
+    need = image.num_keep + has_class_token
+    number = max(1, need // 4) if has_class_token else max(4, need // 4)
     scaled = (1 / (1 + np.exp(-states))).T
     scaled = scaled - scaled.mean(0)
     values, vectors = np.linalg.eigh(scaled.T @ scaled)
-    kept = vectors[:, np.argsort(-values)][:, : min(number, *scaled.shape)]
-    groups = np.abs(kept).argmax(1)
+    kept = np.abs(vectors[:, np.argsort(-values)][:, : min(number, *scaled.shape)])
+    groups = kept.argmax(1)
     similar = unit(states) @ unit(states).T
-    threshold = need / 32 * np.mean([similar[i, j] for i in range(len(states)) for j in range(i + 1, len(states))])
+    if has_class_token:
+        pairs = [similar[i, j] for i in range(num_tokens) for j in range(i + 1, num_tokens)]
+        threshold = need / 32 * np.mean(pairs)
+    else:
+        attention = kept[np.arange(num_tokens), groups]
+        pairs = [similar[i, j] for i in range(num_tokens) for j in range(i, num_tokens)]
+        threshold = max(1, 18 * need / num_tokens) * np.sum(pairs) / num_tokens**2
     orders, distinct_counts = [], []
     for group in range(groups.max() + 1):
         alive = {token: attention[token] for token in np.flatnonzero(groups == group)}
@@ -238,9 +246,10 @@ def prunesid(image, **_):
     low, up = np.minimum(1, sizes), np.minimum(np.minimum(5 * -(-need // 64), sizes), counts)
     while up.sum() < need and (up < sizes).any():
         up = np.minimum(up + 1, sizes)
-    rest = max(0, need - low.sum() - 1)
-    quotas = np.minimum(np.diff(np.round(np.cumsum(counts / counts.sum()) * rest), prepend=0).astype(int) + low, up)
+    total = need - has_class_token
+    rest = max(0, total - low.sum())
+    quotas = np.minimum(np.diff(np.round(np.cumsum(counts) * rest / counts.sum()), prepend=0).astype(int) + low, up)
     for group in np.argsort(-counts, kind="stable"):
-        quotas[group] += max(0, min(up[group] - quotas[group], need - 1 - quotas.sum()))
+        quotas[group] += max(0, min(up[group] - quotas[group], total - quotas.sum()))
     chosen = [int(token) for order, quota in zip(orders, quotas, strict=True) for token in order[:quota]]
-    return chosen[: need - 1]
+    return chosen[:total]

@@ -46,6 +46,7 @@ def random_image(seed):
         "tower_attention": rng.random(num_tokens),
         "tower_states": draw((num_tokens, width)) + 0.5 * draw(width),
         "tower_keys": draw((num_tokens, 6)),
+        "tower_has_class_token": bool(rng.random() < 0.5),
     }
     return image, rng
 
@@ -54,7 +55,8 @@ def select(name, image, **parameters):
     tensors = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in image.items()}
     if "tower_attention" in image:
         tower = (tensors.pop(f"tower_{part}") for part in ("attention", "states", "keys"))
-        tensors["tower"] = TowerSignals(*tower, project=None)
+        has_class_token = tensors.pop("tower_has_class_token", True)
+        tensors["tower"] = TowerSignals(*tower, project=None, has_class_token=has_class_token)
     return method(name, **parameters).select(SimpleNamespace(**tensors, final_norm=lambda states: states * 2)).tolist()
 
 
@@ -86,6 +88,7 @@ def test_each_method_equals_its_restatement(name):
             parameters = {"contextual_share": float(rng.choice([0, 0.15, 0.5, 1]))}
         if name == "btp":
             image["stage"] = int(rng.integers(0, 3))
+            parameters = {"schedule": str(rng.choice(["llava", "qwen2_5_vl"]))}
         found = select(name, image, **parameters)
         assert found == restated(name, image, **parameters), f"seed {seed}"
         assert len(set(found)) == len(found) and (name == "saint" or len(found) == image["num_keep"])
@@ -139,7 +142,7 @@ def test_recorded_vectors_of_methods_that_look_at_the_tower():
     attention = np.abs(np.sin(1.7 * np.arange(24) + 0.3)) + 0.05
     attention /= attention.sum()
     states = states[1:]
-    tower = TowerSignals(*map(torch.from_numpy, (attention, states, keys)), project=None)
+    tower = TowerSignals(*map(torch.from_numpy, (attention, states, keys)), project=None, has_class_token=True)
     dominant, targets, others, owner = zip_groups(tower, 5, 4)
     assert dominant.tolist() == [8, 10, 12, 21, 23] and targets.tolist() == [0, 4, 9, 15]
     joined = [others[owner == number].tolist() for number in range(4)]
@@ -216,6 +219,9 @@ def test_saint_drops_half_of_equal_tokens_and_nothing_above_the_threshold():
 
 def test_schedules_of_the_papers_and_their_scaling():
     btp, pyramid = method("btp"), method("pyramiddrop")
+    qwen = METHODS["btp"](METHODS["btp"].Parameters(schedule="qwen2_5_vl"), 2, 28)
+    assert qwen.stage_layers() == (3, 6, 15, 22)
+    assert qwen.counts(800, round(800 * 0.185)) == (400, 200, 100, 0)
     assert btp.stage_layers() == (3, 6, 14, 22) and pyramid.stage_layers() == (8, 16, 24)
     assert btp.counts(576, round(576 * 0.1437)) == (289, 144, 48, 0)  # the authors' 288, 144, 48, 0, up to rounding
     assert pyramid.counts(576, 168) == (288, 144, 72)

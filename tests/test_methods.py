@@ -13,15 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import method_oracles
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint, spread_weights
 from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
 from transformers import DynamicCache
 
-from vlmpruner import pruning_methods
+from vlmpruner import pruning_methods, tower_signals
 from vlmpruner.configuration_vlmpruner import PruningConfig
 from vlmpruner.pruned_cache import CACHE_NAME, PruningRecord, cache_of
+from vlmpruner.pruned_model import PrunedModelMixin
 from vlmpruner.pruning_methods import METHODS
 from vlmpruner.token_pruning import Selection, select_tokens
 
@@ -52,19 +54,11 @@ def load_method(family, name, **keys):
 LOOKING_AT_TOWER = [name for name, method in METHODS.items() if "tower" in method.looks_at]
 
 
-def families_of(name):
-    """Those that a method is defined for."""
-    return [FAMILIES[key] for key in FAMILIES if name not in LOOKING_AT_TOWER or key in ("llava", "llava_next")]
-
-
 def pairs(names, shift=0):
     """Each method with one family, another for each mode."""
-    found = []
-    for number, name in enumerate(names):
-        families = families_of(name)
-        family = families[(number + shift) % len(families)]
-        found.append(pytest.param(name, family, id=f"{name}-{family.name}"))
-    return found
+    families = list(FAMILIES.values())
+    found = [(name, families[(number + shift) % len(families)]) for number, name in enumerate(names)]
+    return [pytest.param(name, family, id=f"{name}-{family.name}") for name, family in found]
 
 
 ROWS = [
@@ -150,6 +144,7 @@ def by_hand(family, name, inputs, model, record):
                     )
                     if tower is not None:
                         facts.tower_attention, facts.tower_states, facts.tower_keys = tower[index]
+                        facts.tower_has_class_token = family.name in ("llava", "llava_next")
                     if number > 0:
                         keys = cache.layers[number - 1].keys[0]
                         facts.keys, facts.text_keys = array(keys[:, at]), array(keys[:, text])
@@ -166,6 +161,10 @@ def by_hand(family, name, inputs, model, record):
                     if name == "visionzip":
                         _, _, joined = method_oracles.zipped(facts, max(1, round(facts.num_keep * 10 / 64)))
                         for target, others in joined.items():
+                            if project is None:
+                                states = facts.tower_states[[target, *others]].mean(0)
+                                hidden[0, at[target]] = torch.from_numpy(states).float()
+                                continue
                             states = facts.tower_states[target] + (facts.tower_states[others].mean(0) if others else 0)
                             hidden[0, at[target]] = project(torch.from_numpy(states).float()[None, None])[0, 0]
                     kept_now.append(left[index][sorted(chosen)].tolist())
@@ -184,34 +183,69 @@ def by_hand(family, name, inputs, model, record):
 
 
 def tower_by_hand(family, inputs, record):
-    """What the eager tower attends to, its states and keys, [num_visual, ...] of each grid; and the projector."""
-    model, pixels = load_stock(family, attn="eager").model, inputs["pixel_values"]
+    """What the eager tower attends to, its states and keys, [num_visual, ...] of each grid; and the projector, or None where
+    the tower merges patches."""
+    model = load_stock(family, attn="eager").model
+    by_hand = merging_tower_by_hand if "qwen" in family.name else llava_tower_by_hand
+    with torch.no_grad():
+        return by_hand(model, inputs, record)
+
+
+def llava_tower_by_hand(model, inputs, record):
+    pixels, layer = inputs["pixel_values"], model.config.vision_feature_layer
     num_tiles = [1] * len(pixels) if pixels.ndim == 4 else pixels.flatten(2).any(-1).sum(1).tolist()
     pixels = pixels if pixels.ndim == 4 else torch.cat([tiles[:count] for tiles, count in zip(pixels, num_tiles, strict=True)])
     seen = {}
-    block = next(module for module in model.vision_tower.modules() if isinstance(module, torch.nn.ModuleList))[-2]
+    block = next(module for module in model.vision_tower.modules() if isinstance(module, torch.nn.ModuleList))[layer]
     hooks = [
         block.self_attn.k_proj.register_forward_hook(lambda module, args, output: seen.update(keys=output)),
         block.self_attn.register_forward_hook(lambda module, args, output: seen.update(weights=output[1])),
     ]
-    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
     for hook in hooks:
         hook.remove()
-    attention = seen["weights"][:, :, 0, 1:].mean(1)
-    keys = seen["keys"][:, 1:].unflatten(-1, (block.self_attn.num_heads, -1)).mean(2)
+    keys = seen["keys"].unflatten(-1, (block.self_attn.num_heads, -1)).mean(2)
+    if model.config.vision_config.model_type == "clip_vision_model":
+        attention, states, keys = seen["weights"][:, :, 0, 1:].mean(1), states[:, 1:], keys[:, 1:]
+    else:
+        attention = seen["weights"].double().mean((1, 2))
     number = torch.arange(attention.numel(), dtype=torch.float32).view(*attention.shape, 1)  # of a patch among all
     rows = list(number)
-    if family.name == "llava_next":
+    if hasattr(model, "pack_image_features"):
         newline = torch.full((1,), -1.0)
-        rows, _ = model.pack_image_features(
-            number.split(num_tiles), inputs["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
-        )
+        options = {} if "onevision" in model.config.model_type else {"vision_feature_select_strategy": "default"}
+        rows, _ = model.pack_image_features(number.split(num_tiles), inputs["image_sizes"], image_newline=newline, **options)
     found = []
     for image in record:
         first = min(int(other.positions[0]) for other in record if other.image == image.image)
         own = rows[image.image][image.positions - first][:, 0].long()
         found.append(tuple(array(part.flatten(0, 1)[own]) for part in (attention, states, keys)))
     return found, model.multi_modal_projector
+
+
+def merging_tower_by_hand(model, inputs, record):
+    seen, merged = [], []
+    module = sys.modules[type(model.visual).__module__]
+    stock, attention_module = module.eager_attention_forward, model.visual.blocks[-1].attn
+
+    def keep(attention, query, key, *args, **kwargs):
+        output, weights = stock(attention, query, key, *args, **kwargs)
+        if attention is attention_module:
+            seen.append((weights[0].double().mean((0, 1)), key[0].double().mean(0)))
+        return output, weights
+
+    hook = model.visual.merger.register_forward_hook(lambda module, args, output: merged.append(output))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", keep)
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output))
+    hook.remove()
+    order = (features[:, None] == merged[0]).all(-1).long().argmax(1)  # the merger has the tokens as the blocks have them
+    assert torch.equal(merged[0][order], features) and len(order.unique()) == len(order)
+    attention = torch.cat([part for part, _ in seen]).view(-1, 4).mean(1)[order]
+    keys = torch.cat([part for _, part in seen]).unflatten(0, (-1, 4)).mean(1)[order]
+    ends = torch.tensor([image.num_visual for image in record]).cumsum(0).tolist()
+    places = [slice(end - image.num_visual, end) for image, end in zip(record, ends, strict=True)]
+    return [tuple(array(part[place]) for part in (attention, features, keys)) for place in places], None
 
 
 def array(tensor):
@@ -224,7 +258,7 @@ def budget(image, settings):
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [pytest.param(name, family, id=f"{name}-{family.name}") for name in METHODS for family in families_of(name)],
+    [pytest.param(name, family, id=f"{name}-{family.name}") for name in METHODS for family in FAMILIES.values()],
 )
 def test_a_forward_equals_one_by_hand(name, family):
     keys = {"pruning_aggregation_weight": 1.0} if name == "vlm_pruner" else {}
@@ -473,11 +507,56 @@ def test_packed_positions_are_refused_with_three_axes():
         model.config.pruning_settings()
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen3_vl"])
-def test_a_tower_without_a_class_token_is_refused(family):
-    for name in LOOKING_AT_TOWER:
-        with pytest.raises(ValueError, match=rf"pruning_method '{name}' .*class token.*tower of this model is '"):
-            load_method(FAMILIES[family], name).config.pruning_settings()
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_what_the_tower_attends_to_equals_its_eager_maps(family, attn, monkeypatch):
+    """Of one picture in tiles and of two; and with no more than a few rows of a map at a time."""
+    model = copy.deepcopy(load_pruned(family, attn=attn))
+    model.config.pruning_method = LOOKING_AT_TOWER[0]
+    for pictures in ([picture(1)], [picture(1), picture(2, 200, 300)]):
+        inputs = make_inputs(family, [(pictures, "What?")])
+        names = [name for name in inputs if name.startswith(("pixel", "image_", "batch_num"))]
+        with torch.no_grad():
+            record = model(**inputs).pruning_record
+            expected, _ = tower_by_hand(family, inputs, record)
+            for weights in (2**25, 1000):
+                monkeypatch.setattr(tower_signals, "WEIGHTS_AT_ONCE", weights)
+                encoded = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
+                for image, parts in zip(record, expected, strict=True):
+                    views = model.model.grid_views_of("image", encoded[image.image])
+                    signals = encoded[image.image].tower.of(views[image.view].token_indices())
+                    found = signals.attention, signals.states, signals.keys
+                    for part, of_tower in zip(parts, found, strict=True):
+                        np.testing.assert_allclose(array(of_tower), part, rtol=1e-4, atol=1e-5 * np.abs(part).max())
+                    assert signals.attention.std() > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_frame_of_a_video_attends_to_itself(family):
+    """Twice the same frame: each looks as the picture does alone."""
+    family = FAMILIES[family]
+    model = load_method(family, LOOKING_AT_TOWER[0])
+    inputs = make_inputs(family, [([picture(1)], "What?")])
+    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    with torch.no_grad():
+        (alone,) = model.get_image_features(pixels, grid).pooler_output
+        twice = torch.cat([pixels, pixels]), grid * torch.tensor([2, 1, 1])
+        (video,) = model.get_video_features(*twice).pooler_output
+    torch.testing.assert_close(video.tower.attention.view(2, -1), alone.tower.attention.expand(2, -1))
+    torch.testing.assert_close(video.tower.keys, alone.tower.keys.repeat(2, 1))
+    torch.testing.assert_close(video.tower.states, alone.tower.states.repeat(2, 1))
+
+
+def test_a_tower_that_nobody_describes_is_refused(monkeypatch):
+    model, inputs = load_method(FAMILIES["llava"], "scope"), make_inputs(FAMILIES["llava"], ROWS[1:2])
+    monkeypatch.setattr(type(model.model), "tower_blocks", PrunedModelMixin.tower_blocks)
+    with pytest.raises(
+        ValueError, match=r"pruning_method 'scope' .*vlmpruner_llava model with a tower of type 'clip_vision_model'"
+    ):
+        model(**inputs)
+    with pytest.raises(ValueError, match="pruning_method 'scope' looks at the attention in the vision tower"):
+        type(model)(model.config)
+    assert model(**inputs, pruning_ratio=0.0).pruning_record is None
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -540,13 +619,63 @@ def test_the_documented_example_works(documented):
         model.config.pruning_settings()
 
 
-def test_the_document_lists_every_method():
-    _, *rows = re.findall(r"^\| `(\w+)` \|.*$", DOCUMENT.read_text(), flags=re.MULTILINE)
-    assert sorted(rows) == sorted([*METHODS, "none"])
+# What a column says of a method -> what of the method says so
+LOOKS_AT = {
+    "keys": "keys",
+    "attention": "last token's attention(?!.*itself)",
+    "own_attention": "last token's attention in the pruned layer itself",
+    "text": "text",
+    "tower": "vision tower",
+}
+
+
+def tables_of_methods():
+    """Each table of the document whose first column is the method: the cells behind it, by method."""
+    tables = []
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "`pruning_method`":
+            tables.append({})
+        elif line.startswith("| `"):
+            tables[-1][cells[0].strip("`")] = cells[1:]
+    return tables
+
+
+def test_the_tables_of_the_document_are_what_the_registry_says():
+    first, choice = tables_of_methods()
+    assert [*first] == [*METHODS, "none"] and [*choice] == [*METHODS]
     for name, method in METHODS.items():
-        row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+        made = method(method.Parameters(), 2, 32)
+        _, prunes_at, looks_at, merges, own_keys = first[name]
+        layers = made.stage_layers()
+        if len(layers) == 1:
+            assert prunes_at == {0: "layer 0", 2: "`pruning_layer`"}[layers[0]]
+        else:
+            numbers = [int(number) for number in re.findall(r"\d+", prunes_at)]
+            assert numbers == ([layers[0], layers[-1]] if " to " in prunes_at else [*layers])
+        found = {signal for signal, pattern in LOOKS_AT.items() if re.search(pattern, looks_at)}
+        assert found == made.looks_at, name
+        assert (merges == "yes") == made.has_merge
         if name != "vlm_pruner":
-            assert re.findall(r"`(\w+)`", row.split("|")[6]) == [field.name for field in fields(method.Parameters)]
+            assert re.findall(r"`(\w+)`", own_keys) == [field.name for field in fields(method.Parameters)]
+
+        tokens, depends, _, later = choice[name]
+        ends = (*layers[1:], 32)
+        held = sum((end - start) * kept for start, end, kept in zip(layers, ends, made.counts(576, 64), strict=True))
+        assert int(tokens.split()[0]) == round((layers[0] * 576 + held) / 32)
+        assert ("or more" in tokens) == (not made.counts_are_known)
+        sees_text = bool(made.looks_at & {"text", "attention", "own_attention"})
+        assert (depends, later) == (("yes", "answers the earlier question") if sees_text else ("no", "stays as it is"))
+
+
+def test_the_documented_ratio_has_the_mean_that_it_is_for():
+    for name, first_layer, mean in (("divprune", 0, 96), ("fastv", 2, 96), ("btp", 3, 150), ("pyramiddrop", 8, 200)):
+        method = METHODS[name](METHODS[name].Parameters(), 2, 32)
+        ratio = 1 - (mean * 32 - first_layer * 576) / ((32 - first_layer) * 576)
+        layers = method.stage_layers()
+        counts = method.counts(576, round(576 * (1 - ratio)))
+        widths = np.diff((*layers, 32))
+        assert layers[0] == first_layer and abs((first_layer * 576 + np.dot(widths, counts)) / 32 - mean) < 1
 
 
 def test_packed_positions_go_on_in_a_later_turn():
