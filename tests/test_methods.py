@@ -16,7 +16,18 @@ import method_oracles
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint, spread_weights
+from families import (
+    FAMILIES,
+    clip,
+    load_processor,
+    load_pruned,
+    load_stock,
+    make_inputs,
+    picture,
+    prompt,
+    small_checkpoint,
+    spread_weights,
+)
 from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
 from transformers import DynamicCache
 
@@ -548,6 +559,11 @@ def test_a_frame_of_a_video_attends_to_itself(family):
 
 
 def test_a_tower_that_nobody_describes_is_refused(monkeypatch):
+    family = FAMILIES["llava_onevision"]
+    model, processor = load_method(family, "scope"), load_processor(family)
+    video = processor(videos=[clip(1, 4)], text=[prompt(processor, 0, num_videos=1)], return_tensors="pt")
+    with pytest.raises(ValueError, match=r"The video features of shape .* Videos of LLaVA never tell"):
+        model(**video)
     model, inputs = load_method(FAMILIES["llava"], "scope"), make_inputs(FAMILIES["llava"], ROWS[1:2])
     monkeypatch.setattr(type(model.model), "tower_blocks", PrunedModelMixin.tower_blocks)
     with pytest.raises(
