@@ -461,6 +461,14 @@ def test_stages_that_end_without_the_image():
     torch.testing.assert_close(step_logits(cached), step_logits(uncached), **CLOSE)
 
 
+def test_a_calibration_is_that_of_the_family_unless_it_is_set():
+    for family, schedule in (("qwen2_5_vl", "qwen2_5_vl"), ("llava_onevision", "llava")):
+        assert load_method(FAMILIES[family], "btp").config.pruning_settings().parameters.schedule == schedule
+    config = load_method(FAMILIES["qwen2_5_vl"], "btp", pruning_schedule="llava").config
+    assert config.pruning_settings().parameters.schedule == "llava"
+    assert "pruning_schedule" not in load_method(FAMILIES["qwen2_5_vl"], "fastv").config.to_dict()
+
+
 def load_processor_of(name):
     family = FAMILIES[name]
     return family.processor_class.from_pretrained(small_checkpoint(family))
