@@ -168,7 +168,6 @@ def configured(model, configuration: Configuration):
         for key, value in keys.items():
             setattr(model.config, key, value)
         model.config.pruning_settings()
-        model.model.refuse_unknown_tower()
         yield
     finally:
         for key, value in before.items():
@@ -374,7 +373,7 @@ def load(path: Path) -> tuple:
 
 
 def defined_methods(model) -> list[str]:
-    """Those of `METHODS` that the model does not refuse."""
+    """Those of `METHODS` that the model's config does not refuse."""
     defined = []
     for method in METHODS:
         try:

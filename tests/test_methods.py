@@ -16,7 +16,18 @@ import method_oracles
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint, spread_weights
+from families import (
+    FAMILIES,
+    clip,
+    load_processor,
+    load_pruned,
+    load_stock,
+    make_inputs,
+    picture,
+    prompt,
+    small_checkpoint,
+    spread_weights,
+)
 from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
 from transformers import DynamicCache
 
@@ -450,6 +461,14 @@ def test_stages_that_end_without_the_image():
     torch.testing.assert_close(step_logits(cached), step_logits(uncached), **CLOSE)
 
 
+def test_a_calibration_is_that_of_the_family_unless_it_is_set():
+    for family, schedule in (("qwen2_5_vl", "qwen2_5_vl"), ("llava_onevision", "llava")):
+        assert load_method(FAMILIES[family], "btp").config.pruning_settings().parameters.schedule == schedule
+    config = load_method(FAMILIES["qwen2_5_vl"], "btp", pruning_schedule="llava").config
+    assert config.pruning_settings().parameters.schedule == "llava"
+    assert "pruning_schedule" not in load_method(FAMILIES["qwen2_5_vl"], "fastv").config.to_dict()
+
+
 def load_processor_of(name):
     family = FAMILIES[name]
     return family.processor_class.from_pretrained(small_checkpoint(family))
@@ -548,6 +567,11 @@ def test_a_frame_of_a_video_attends_to_itself(family):
 
 
 def test_a_tower_that_nobody_describes_is_refused(monkeypatch):
+    family = FAMILIES["llava_onevision"]
+    model, processor = load_method(family, "scope"), load_processor(family)
+    video = processor(videos=[clip(1, 4)], text=[prompt(processor, 0, num_videos=1)], return_tensors="pt")
+    with pytest.raises(ValueError, match=r"The video features of shape .* Videos of LLaVA never tell"):
+        model(**video)
     model, inputs = load_method(FAMILIES["llava"], "scope"), make_inputs(FAMILIES["llava"], ROWS[1:2])
     monkeypatch.setattr(type(model.model), "tower_blocks", PrunedModelMixin.tower_blocks)
     with pytest.raises(
