@@ -430,8 +430,9 @@ def test_the_conversation_is_the_one_of_training(loaded):
 
 
 def test_the_stock_layout_has_the_stock_counts():
-    processor_class, processor = FAMILIES["llava_onevision"].processor_class, load_processor(FAMILIES["llava_onevision"])
-    ours = processor_class(**{name: getattr(processor, name) for name in processor.get_attributes()})
+    shared = load_processor(FAMILIES["llava_onevision"])
+    parts = {name: getattr(shared, name) for name in shared.get_attributes()}
+    processor, ours = LlavaOnevisionProcessor(**parts), FAMILIES["llava_onevision"].processor_class(**parts)
     for side in (7, 26, 27):
         ours.num_image_tokens = processor.num_image_tokens = side**2
         for frames in (1, 5):
