@@ -118,6 +118,7 @@ class PruningConfig(method_keys()):
             (as in the position ids of Qwen2-VL, where both advance by one). Models without video ignore it.
     """
 
+    _auto_class = "AutoConfig"
     base_model_type: ClassVar[str]
     auto_map_targets: ClassVar[dict[str, str]]
 
@@ -318,7 +319,6 @@ class VLMPrunerLlavaConfig(PruningConfig, LlavaConfig):
     model_type = "vlmpruner_llava"
     base_model_type = "llava"
     auto_map_targets = auto_map("Llava", "modeling_vlmpruner_llava")
-    _auto_class = "AutoConfig"
 
 
 @strict
@@ -328,7 +328,6 @@ class VLMPrunerLlavaNextConfig(PruningConfig, LlavaNextConfig):
     model_type = "vlmpruner_llava_next"
     base_model_type = "llava_next"
     auto_map_targets = auto_map("LlavaNext", "modeling_vlmpruner_llava")
-    _auto_class = "AutoConfig"
 
 
 @dataclass(frozen=True)
@@ -394,7 +393,6 @@ class VLMPrunerLlavaOnevisionConfig(PruningConfig, LlavaOnevisionConfig):
     model_type = "vlmpruner_llava_onevision"
     base_model_type = "llava_onevision"
     auto_map_targets = auto_map("LlavaOnevision", "modeling_vlmpruner_llava")
-    _auto_class = "AutoConfig"
 
     spatial_pool_mode: str = "bilinear"
     spatial_pool_stride: int = 2
@@ -428,7 +426,6 @@ class VLMPrunerQwen2VLConfig(PruningConfig, Qwen2VLConfig):
     model_type = "vlmpruner_qwen2_vl"
     base_model_type = "qwen2_vl"
     auto_map_targets = auto_map("Qwen2VL", "modeling_vlmpruner_qwen2vl")
-    _auto_class = "AutoConfig"
 
 
 @strict
@@ -438,7 +435,6 @@ class VLMPrunerQwen2_5_VLConfig(PruningConfig, Qwen2_5_VLConfig):
     model_type = "vlmpruner_qwen2_5_vl"
     base_model_type = "qwen2_5_vl"
     auto_map_targets = auto_map("Qwen2_5_VL", "modeling_vlmpruner_qwen2vl")
-    _auto_class = "AutoConfig"
 
 
 @strict
@@ -448,21 +444,10 @@ class VLMPrunerQwen3VLConfig(PruningConfig, Qwen3VLConfig):
     model_type = "vlmpruner_qwen3_vl"
     base_model_type = "qwen3_vl"
     auto_map_targets = auto_map("Qwen3VL", "modeling_vlmpruner_qwen3vl")
-    _auto_class = "AutoConfig"
 
 
-# Base model type -> config class. `export.py` reads it; a new family joins here.
-CONFIG_OF_BASE_MODEL = {
-    config.base_model_type: config
-    for config in (
-        VLMPrunerLlavaConfig,
-        VLMPrunerLlavaNextConfig,
-        VLMPrunerLlavaOnevisionConfig,
-        VLMPrunerQwen2VLConfig,
-        VLMPrunerQwen2_5_VLConfig,
-        VLMPrunerQwen3VLConfig,
-    )
-}
+# Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.
+CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in PruningConfig.__subclasses__()}
 
 # Where `transformers serve` looks up, before it reads a modeling file, how a model is loaded, and later that it takes images.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
@@ -472,11 +457,4 @@ MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
     }
 )
 
-__all__ = [
-    "VLMPrunerLlavaConfig",
-    "VLMPrunerLlavaNextConfig",
-    "VLMPrunerLlavaOnevisionConfig",
-    "VLMPrunerQwen2VLConfig",
-    "VLMPrunerQwen2_5_VLConfig",
-    "VLMPrunerQwen3VLConfig",
-]
+__all__ = [config.__name__ for config in CONFIG_OF_BASE_MODEL.values()]

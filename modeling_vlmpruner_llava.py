@@ -32,23 +32,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
 from .pruned_decoder import GridView, PrunedLayerMixin, video_views
-from .pruned_model import (
-    PrunedForConditionalGenerationMixin,
-    PrunedModelMixin,
-    pruned_forward,
-    register_weight_renaming,
-)
+from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
 from .pruning_method import TowerSignals
-
-
-register_weight_renaming(
-    VLMPrunerLlavaForConditionalGeneration="llava",
-    VLMPrunerLlavaModel="LlavaModel",
-    VLMPrunerLlavaNextForConditionalGeneration="llava_next",
-    VLMPrunerLlavaNextModel="LlavaNextModel",
-    VLMPrunerLlavaOnevisionForConditionalGeneration="llava_onevision",
-    VLMPrunerLlavaOnevisionModel="LlavaOnevisionModel",
-)
 
 
 class LlamaDecoderLayer(PrunedLayerMixin, modeling_llama.LlamaDecoderLayer):

@@ -30,15 +30,6 @@ from .pruned_model import (
     PrunedModelMixin,
     explained_to_later_turns,
     pruned_forward,
-    register_weight_renaming,
-)
-
-
-register_weight_renaming(
-    VLMPrunerQwen2VLForConditionalGeneration="Qwen2VLForConditionalGeneration",
-    VLMPrunerQwen2VLModel="Qwen2VLModel",
-    VLMPrunerQwen2_5_VLForConditionalGeneration="Qwen2_5_VLForConditionalGeneration",
-    VLMPrunerQwen2_5_VLModel="Qwen2_5_VLModel",
 )
 
 

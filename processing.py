@@ -95,6 +95,8 @@ class SeenImages:
 class DrawMixin:
     """Adds `draw_kept_tokens` to a processor. A family tells in `image_views` and `video_slices` what its grids cover."""
 
+    _auto_class = "AutoProcessor"
+
     def __call__(self, images=None, *args, **kwargs):
         """As in the stock class. How each image object was read is remembered for `draw_kept_tokens`, as long as it exists."""
         inputs = super().__call__(images, *args, **kwargs)
@@ -390,8 +392,6 @@ def whole_patches(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 class VLMPrunerLlavaProcessor(DrawMixin, LlavaProcessor):
     """The processor of LLaVA-1.5 with `draw_kept_tokens`."""
 
-    _auto_class = "AutoProcessor"
-
     def image_views(self, inputs, settings):
         pixel_values = inputs["pixel_values"]
         sizes = inputs.get("image_sizes", [pixels.shape[-2:] for pixels in pixel_values])  # without padding to a larger one
@@ -404,8 +404,6 @@ class VLMPrunerLlavaProcessor(DrawMixin, LlavaProcessor):
 
 class AnyResolutionDrawMixin(DrawMixin):
     """For image processors that give a picture squeezed into a square (view 0), then tiles of a larger, padded one (view 1)."""
-
-    _auto_class = "AutoProcessor"
 
     def base_grid(self, squares: torch.Tensor) -> tuple[int, int]:
         """(height, width) of `squares` [..., height, width in pixels] in patches."""
@@ -541,8 +539,6 @@ class VLMPrunerLlavaOnevisionProcessor(AnyResolutionDrawMixin, LlavaOnevisionPro
 class QwenDrawMixin(DrawMixin):
     """For Qwen's image and video processors, which give merged patches in a row. Of a slice's two frames the first is shown."""
 
-    _auto_class = "AutoProcessor"
-
     def image_views(self, inputs, settings):
         return join_merged_patches(inputs["pixel_values"], inputs["image_grid_thw"], settings)
 
@@ -580,11 +576,4 @@ class VLMPrunerQwen3VLProcessor(QwenDrawMixin, Qwen3VLProcessor):
     """The processor of Qwen3-VL with `draw_kept_tokens`."""
 
 
-__all__ = [
-    "VLMPrunerLlavaNextProcessor",
-    "VLMPrunerLlavaOnevisionProcessor",
-    "VLMPrunerLlavaProcessor",
-    "VLMPrunerQwen2VLProcessor",
-    "VLMPrunerQwen2_5_VLProcessor",
-    "VLMPrunerQwen3VLProcessor",
-]
+__all__ = [name for name in globals() if name.startswith("VLMPruner")]

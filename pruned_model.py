@@ -141,6 +141,22 @@ def takes_stock_positions(forward: Callable) -> Callable:
     return named
 
 
+def stock_class(our_class: type) -> type | None:
+    """The class of transformers that one of ours extends; None for a mixin."""
+    return next((each for each in our_class.__mro__ if each.__module__.startswith("transformers.")), None)
+
+
+def register_weight_renaming(our_class: type, *names: str) -> None:
+    """Let checkpoints of the stock class load into ours: the library renames old parameters by class, and skips custom code.
+
+    Args:
+        names: where the library looks up a renaming for the stock class, the first that it knows one for.
+    """
+    renaming = next(filter(None, map(get_checkpoint_conversion_mapping, names)), None)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(our_class.__name__, renaming, overwrite=True)
+
+
 class PrunedModelMixin:
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
@@ -156,8 +172,9 @@ class PrunedModelMixin:
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        if hasattr(super(), "forward"):  # not a mixin of a family, which has no stock class yet
-            cls.stock_positions = positional_names(super().forward)
+        if stock := stock_class(cls):  # else a mixin of a family
+            cls.stock_positions = positional_names(stock.forward)
+            register_weight_renaming(cls, stock.__name__)  # a renaming by model type is applied once, by the generating class
 
     def __init__(self, config):
         config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
@@ -331,6 +348,11 @@ class PrunedForConditionalGenerationMixin:
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if stock := stock_class(cls):
+            register_weight_renaming(cls, stock.__name__, stock.config_class.model_type)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -640,15 +662,3 @@ def stock_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dic
         return attention_mask
     masks = {name: mask for name, mask in attention_mask.items() if not name.startswith(PRUNED_MASK)}
     return masks.get(STOCK_MASK, masks)
-
-
-def register_weight_renaming(**base_class_of: str) -> None:
-    """Let checkpoints of the base classes load into ours: the library renames old parameters by class, and skips custom code.
-
-    Args:
-        base_class_of: name of our class -> class name or model type that the library knows a renaming for.
-    """
-    for name, base in base_class_of.items():
-        renaming = get_checkpoint_conversion_mapping(base)
-        if renaming is not None:
-            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)

@@ -26,7 +26,12 @@ def pytest_configure():
         )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if getattr(family, "like", None) and not item.get_closest_marker("core"):
+            item.add_marker(pytest.mark.once)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,29 +10,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache
 
+from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL
 from vlmpruner.pruned_cache import CACHE_NAME
+from vlmpruner.pruned_model import stock_class
 from vlmpruner.token_pruning import num_tokens_to_keep, select_tokens
 
 
 DATA = Path(__file__).parent / "data"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """One family: `checkpoint` in tests/data/checkpoints, the stock class, ours as `module.Name`, and its processor.
+    """One family, by its base model type: the name of its checkpoint in tests/data/checkpoints too. Its classes follow from its
+    config class.
 
-    `tile` is the side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of
-    tokens of an image.
+    Attributes:
+        grids: (width, height) of two pictures -> the grids (height, width) that the model makes of each.
+        options: what its image processor can be told in a call that changes the picture.
+        like: the family whose code it shares, all but what its config decides. `test_families.py` says what that means.
+        tile: side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of tokens
+            of an image.
     """
 
     name: str
-    stock: str
-    pruned: str
-    processor: str
+    grids: dict[tuple[int, int], list[tuple[int, int]]]
+    options: list[dict]
+    like: str | None = None
     tile: int | None = None
 
     @property
@@ -40,58 +46,61 @@ class Family:
         return DATA / "checkpoints" / self.name
 
     @property
-    def stock_class(self):
-        return getattr(transformers, self.stock)
+    def config_class(self):
+        return CONFIG_OF_BASE_MODEL[self.name]
 
     @property
     def pruned_class(self):
-        return _import(self.pruned)
+        return _import(self.config_class.auto_map_targets["AutoModelForImageTextToText"])
 
     @property
     def processor_class(self):
-        return _import(self.processor)
+        return _import(self.config_class.auto_map_targets["AutoProcessor"])
 
+    @property
+    def stock_class(self):
+        return stock_class(self.pruned_class)
+
+    @property
+    def model_class(self):
+        """The model without its head."""
+        module = importlib.import_module(self.pruned_class.__module__)
+        return getattr(module, self.pruned_class.__name__.replace("ForConditionalGeneration", "Model"))
+
+    @property
+    def has_videos(self) -> bool:
+        return "video" in self.model_class.encoder_inputs
+
+
+QWEN_GRIDS = {(640, 480): [(13, 18)], (300, 500): [(18, 11)]}
+QWEN_OPTIONS = [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}]
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(
             name="llava",
-            stock="LlavaForConditionalGeneration",
-            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaForConditionalGeneration",
-            processor="processing.VLMPrunerLlavaProcessor",
+            grids={(640, 480): [(24, 24)], (300, 500): [(24, 24)]},
+            options=[{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
         ),
         Family(
             name="llava_next",
-            stock="LlavaNextForConditionalGeneration",
-            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaNextForConditionalGeneration",
-            processor="processing.VLMPrunerLlavaNextProcessor",
+            grids={(640, 480): [(24, 24), (36, 48)], (300, 500): [(24, 24), (40, 24)]},
+            options=[{"size": {"shortest_edge": 84}, "do_center_crop": False, "do_resize": True, "resample": 0}],
             tile=84,
         ),
         Family(
             name="llava_onevision",
-            stock="LlavaOnevisionForConditionalGeneration",
-            pruned="modeling_vlmpruner_llava.VLMPrunerLlavaOnevisionForConditionalGeneration",
-            processor="processing.VLMPrunerLlavaOnevisionProcessor",
+            grids={(640, 480): [(27, 27), (40, 54)], (300, 500): [(27, 27), (46, 27)]},
+            options=[{"resample": 0}],
             tile=100,
         ),
-        Family(
-            name="qwen2_vl",
-            stock="Qwen2VLForConditionalGeneration",
-            pruned="modeling_vlmpruner_qwen2vl.VLMPrunerQwen2VLForConditionalGeneration",
-            processor="processing.VLMPrunerQwen2VLProcessor",
-        ),
-        Family(
-            name="qwen2_5_vl",
-            stock="Qwen2_5_VLForConditionalGeneration",
-            pruned="modeling_vlmpruner_qwen2vl.VLMPrunerQwen2_5_VLForConditionalGeneration",
-            processor="processing.VLMPrunerQwen2_5_VLProcessor",
-        ),
+        Family(name="qwen2_vl", grids=QWEN_GRIDS, options=QWEN_OPTIONS),
+        Family(name="qwen2_5_vl", grids=QWEN_GRIDS, options=QWEN_OPTIONS),
         Family(
             name="qwen3_vl",
-            stock="Qwen3VLForConditionalGeneration",
-            pruned="modeling_vlmpruner_qwen3vl.VLMPrunerQwen3VLForConditionalGeneration",
-            processor="processing.VLMPrunerQwen3VLProcessor",
+            grids={(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
+            options=[{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
         ),
     )
 }

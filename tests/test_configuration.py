@@ -17,7 +17,7 @@ from families import DATA, FAMILIES
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, PixtralVisionConfig, Qwen2Config
 
 from vlmpruner import configuration_vlmpruner
-from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, METHODS_WITH, VLMPrunerLlavaConfig
+from vlmpruner.configuration_vlmpruner import METHODS_WITH, VLMPrunerLlavaConfig
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruning_methods import METHODS
@@ -153,7 +153,7 @@ def test_an_unknown_key_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_round_trip_through_a_file(family, tmp_path):
-    config_class = CONFIG_OF_BASE_MODEL[family.name]
+    config_class = family.config_class
     config_class.from_pretrained(family.checkpoint, pruning_ratio=0.5, pruning_token_batch=3).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == config_class.model_type == f"vlmpruner_{family.name}"

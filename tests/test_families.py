@@ -1,4 +1,10 @@
-"""What must hold for every family: one matrix, which a new family joins through `families.FAMILIES`."""
+"""What must hold for every family: one matrix, which a new family joins through `families.FAMILIES`.
+
+With the newest transformers each family runs all of it. With older ones, so does each family that has code of its own; one that
+is `like` another runs the tests marked `core` there, which between them go through what a version can change: loading, off, the
+pruned forward by hand, a ragged batch, decoding with and without a cache, a later turn. `conftest.py` applies this to tests of
+other files too.
+"""
 
 import copy
 import inspect
@@ -68,6 +74,7 @@ class CountOperations(TorchDispatchMode):
 # Off is exact
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("off", [{"pruning_ratio": 0.0}, {"pruning_method": "none"}], ids=["ratio", "method"])
 def test_off_is_bit_equal_to_the_stock_class(family, off, rows):
     inputs = make_inputs(family, rows)
@@ -212,6 +219,7 @@ def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
     torch.testing.assert_close(flex.logits[is_token], sdpa.logits[is_token], **CLOSE)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_ragged_batch_equals_single_rows(family, rows, attn):
     model = load_pruned(family, attn=attn)
@@ -357,6 +365,7 @@ def forward_by_hand(family, inputs, record):
     return stock.lm_head(decoder.norm(hidden))[0], columns
 
 
+@pytest.mark.core
 def test_pruned_forward_equals_one_by_hand(family):
     inputs = make_inputs(family, [([picture(1), picture(2, 200, 300)], "What is in these pictures?")])
     with torch.no_grad():
@@ -368,6 +377,7 @@ def test_pruned_forward_equals_one_by_hand(family):
 # Cache
 
 
+@pytest.mark.core
 def test_cached_decoding_equals_a_full_forward_at_every_step(family, rows):
     model = load_pruned(family)
     inputs = make_inputs(family, rows)
@@ -376,6 +386,7 @@ def test_cached_decoding_equals_a_full_forward_at_every_step(family, rows):
     torch.testing.assert_close(step_logits(cached), step_logits(uncached), **CLOSE)
 
 
+@pytest.mark.core
 def test_static_cache_equals_dynamic_cache(family, rows):
     model = load_pruned(family)
     inputs = make_inputs(family, rows)
@@ -556,6 +567,7 @@ def chat_turn(family, images, text):
     return make_inputs(family, [(images, text)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("new_images", [0, 1], ids=["text", "image"])
 def test_a_later_turn_equals_one_piece(family, new_images):
     """A second turn on the cache equals both turns in one forward: visual tokens attend only backwards, so later tokens change
@@ -899,6 +911,7 @@ def test_save_and_reload(family, one_image, tmp_path):
     assert with_code <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.core
 def test_loading_the_base_checkpoint_reproduces_it_unpruned(family):
     from safetensors.torch import load_file
 

@@ -131,17 +131,6 @@ def test_follows_the_image_processor(processor):
     np.testing.assert_array_equal(drawn[PATCH // 2, 23 * PATCH + PATCH // 2], (0, 0, 255))
 
 
-# (width, height) of a picture -> the grids that each family's model makes of it.
-GRIDS = {
-    "llava": {(640, 480): [(24, 24)], (300, 500): [(24, 24)]},
-    "llava_next": {(640, 480): [(24, 24), (36, 48)], (300, 500): [(24, 24), (40, 24)]},
-    "llava_onevision": {(640, 480): [(27, 27), (40, 54)], (300, 500): [(27, 27), (46, 27)]},
-    "qwen2_vl": {(640, 480): [(13, 18)], (300, 500): [(18, 11)]},
-    "qwen2_5_vl": {(640, 480): [(13, 18)], (300, 500): [(18, 11)]},
-    "qwen3_vl": {(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
-}
-
-
 def ramps(width: int, height: int) -> Image.Image:
     """Red grows from left to right, green from top to bottom, so that a colour tells a place."""
     y, x = np.mgrid[:height, :width]
@@ -160,7 +149,7 @@ def views_of(drawn: Image.Image, grids) -> list[np.ndarray]:
 
 def draw_everything(family, image: Image.Image) -> list[np.ndarray]:
     """The views of `image` as drawn when every token is kept."""
-    grids = GRIDS[family.name][image.size]
+    grids = family.grids[image.size]
     processor = family.processor_class.from_pretrained(family.checkpoint)
     record = [entry(range(math.prod(grid)), view=view, grid=grid) for view, grid in enumerate(grids)]
     return views_of(processor.draw_kept_tokens(image, record)[0], grids)
@@ -342,23 +331,13 @@ def test_a_photo_is_drawn_as_the_model_saw_it(family, photo, way, by_template):
         assert_same(opened, seen, levels=8)  # two decoders of JPEG
 
 
-OPTIONS = {
-    "llava": [{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
-    "llava_next": [{"size": {"shortest_edge": 84}, "do_center_crop": False, "do_resize": True, "resample": 0}],
-    "llava_onevision": [{"resample": 0}],
-    "qwen2_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
-    "qwen2_5_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
-    "qwen3_vl": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
-}
-
-
 @pytest.mark.parametrize(
     "common", [{}, {"do_normalize": False}, {"do_rescale": False}, {"image_mean": [0.1] * 3, "image_std": [2.0] * 3}]
 )
 def test_options_of_one_call(family, common):
     """From the pixels; from the picture with the options; and from a picture whose options the processor was told."""
     image = picture(3, 448, 224)
-    for options in OPTIONS[family.name]:
+    for options in family.options:
         options, processor = options | common, fresh_processor(family)
         inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt", **options)
         record = record_of(family, inputs)
@@ -417,10 +396,9 @@ def test_every_form_of_several_pictures(family):
         assert_same(processor.draw_kept_tokens(form(arrays), record), expected, levels=1)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [each for each in FAMILIES.values() if each.has_videos], ids=lambda family: family.name)
 @pytest.mark.parametrize("options", [{}, {"do_normalize": False}])
-def test_images_and_videos_from_inputs(name, options):
-    family = FAMILIES[name]
+def test_images_and_videos_from_inputs(family, options):
     processor, image, videos = fresh_processor(family), picture(1), [clip(1, 4), clip(5, 4)]
     told = options | {"do_sample_frames": False}
     inputs = processor(images=image, videos=videos, text=prompt(processor, 1, num_videos=2), return_tensors="pt", **told)

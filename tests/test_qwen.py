@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, make_inputs, picture
 
+from vlmpruner.modeling_vlmpruner_qwen2vl import PrunedQwenModelMixin
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 
 
@@ -13,9 +14,12 @@ CLIP = clip(11, 8, 140, 112)
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(
+    params=[family for family in FAMILIES.values() if issubclass(family.model_class, PrunedQwenModelMixin)],
+    ids=lambda family: family.name,
+)
 def family(request):
-    return FAMILIES[request.param]
+    return request.param
 
 
 def video_inputs(family, content, **media):

@@ -49,5 +49,5 @@ def tiny_repo(name: str, folder: Path) -> Path:
 
 
 # LLaVA-1.5 is the root model, which the other tests serve.
-NAMES = [name for name, family in FAMILIES.items() if family.pruned.rpartition(".")[2] in SERVED and name != "llava"]
+NAMES = [name for name, family in FAMILIES.items() if family.pruned_class.__name__ in SERVED and name != "llava"]
 NAMES.append("llava_next-mistral")
