@@ -49,6 +49,8 @@ logger = logging.get_logger(__name__)
 
 PRUNING_METHODS = (*METHODS, "none")
 VIDEO_SCOPES = ("slice", "video")
+POOL_MODES = ("average", "max", "bilinear")
+NEWLINE_POSITIONS = ("one_token", "frame", "grid", "no_token")
 POSITIONS = ("original", "packed")
 
 
@@ -331,13 +333,93 @@ class VLMPrunerLlavaNextConfig(PruningConfig, LlavaNextConfig):
     auto_map_targets = auto_map("LlavaNext", "modeling_vlmpruner_llava")
 
 
+@dataclass(frozen=True)
+class VideoLayout:
+    """Where the tokens of a video of LLaVA's kind lie among its features.
+
+    Each frame is a grid of `height` x `width` tokens, `frame_stride` features after the one before it, and each row of it is
+    `row_stride` after the one above. What lies between and after them are newlines. `pool_stride` is the side in patches of
+    what a token covers, or None where tokens cover the whole frame evenly.
+    """
+
+    height: int
+    width: int
+    row_stride: int
+    frame_stride: int
+    num_at_end: int
+    pool_stride: int | None
+
+    @classmethod
+    def of(cls, side: int, mode: str, stride: int, newline_position: str) -> "VideoLayout":
+        """Of frames of `side` x `side` patches. The others are the config's `spatial_pool_mode`, `spatial_pool_stride` and
+        `newline_position`.
+
+        Raises:
+            ValueError: naming the key, its value and the legal range.
+        """
+        if mode not in POOL_MODES:
+            raise ValueError(f"spatial_pool_mode must be one of {POOL_MODES}, got {mode!r}.")
+        if newline_position not in NEWLINE_POSITIONS:
+            raise ValueError(f"newline_position must be one of {NEWLINE_POSITIONS}, got {newline_position!r}.")
+        if not is_count(stride) or stride < 1 or (mode != "bilinear" and stride > side):
+            raise ValueError(f"spatial_pool_stride must be an integer from 1 to {side}, the patches of a side, got {stride!r}.")
+        pooled = math.ceil(side / stride) if mode == "bilinear" else side // stride
+        row_stride = pooled + (newline_position == "grid")
+        return cls(
+            height=pooled,
+            width=pooled,
+            row_stride=row_stride,
+            frame_stride=pooled * row_stride + (newline_position == "frame"),
+            num_at_end=int(newline_position == "one_token"),
+            pool_stride=None if mode == "bilinear" else stride,
+        )
+
+    def num_features(self, frames: int) -> int:
+        """Of a video of `frames`, newlines included."""
+        return frames * self.frame_stride + self.num_at_end
+
+
 @strict
 class VLMPrunerLlavaOnevisionConfig(PruningConfig, LlavaOnevisionConfig):
-    """LLaVA-OneVision with pruning. See `PruningConfig` for the keys that this adds to `LlavaOnevisionConfig`."""
+    """LLaVA-OneVision and LLaVA-Video with pruning. See `PruningConfig` for the keys that this adds to `LlavaOnevisionConfig`,
+    but for three that say how the features of a video lie. Their defaults are what the stock class does.
+
+    Args:
+        spatial_pool_mode (`str`): how the patches of a frame are pooled: `"average"` or `"max"` over squares of
+            `spatial_pool_stride` patches, of which a rest at the right and bottom is left out, or `"bilinear"`, to the side
+            divided by the stride and rounded up. `mm_spatial_pool_mode` of LLaVA's own configs.
+        spatial_pool_stride (`int`): from 1 to the number of patches of a side. `mm_spatial_pool_stride` there.
+        newline_position (`str`): where the newlines of a video stand: `"one_token"` at its end, `"frame"` at the end of each
+            frame, `"grid"` at the end of each row of each frame, or `"no_token"`. `mm_newline_position` there.
+    """
 
     model_type = "vlmpruner_llava_onevision"
     base_model_type = "llava_onevision"
     auto_map_targets = auto_map("LlavaOnevision", "modeling_vlmpruner_llava")
+
+    spatial_pool_mode: str = "bilinear"
+    spatial_pool_stride: int = 2
+    newline_position: str = "one_token"
+    processor_keys: ClassVar[tuple[str, ...]] = ("spatial_pool_mode", "spatial_pool_stride", "newline_position")
+
+    @property
+    def video_layout(self) -> VideoLayout:
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return VideoLayout.of(side, self.spatial_pool_mode, self.spatial_pool_stride, self.newline_position)
+
+    @property
+    def has_stock_video_layout(self) -> bool:
+        """Whether a video's features lie as in the stock class, which knows no other way."""
+        return (self.spatial_pool_mode, self.spatial_pool_stride, self.newline_position) == ("bilinear", 2, "one_token")
+
+    def validate_pruning(self):
+        super().validate_pruning()
+        if not self.has_stock_video_layout:
+            _ = self.video_layout
+        if self.newline_position == "no_token" and Version(transformers.__version__) < Version("5.18"):
+            raise ValueError(
+                "newline_position='no_token' needs transformers>=5.18: an older one's stock model ends videos with a newline."
+            )
 
 
 @strict

@@ -11,6 +11,7 @@ Notable choices:
 - Tokenizer and processor are written anew, not copied: which tokenizer class the library takes depends on the `model_type`,
   which changes here, so the files name the class that the base was loaded with.
 - An export can be exported again: keys that are not given keep the values that they have there.
+- A checkpoint of LLaVA's own code (`original_llava.py`) is translated: its weights are renamed while they are copied.
 - `--force` deletes nothing but what an export wrote: each lists its files, with size and time, in `.vlmpruner_export.json`.
 """
 
@@ -36,6 +37,7 @@ import json
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -68,6 +70,11 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+
+if __package__:
+    from . import original_llava
+else:
+    import original_llava
 
 ROOT = Path(__file__).resolve().parent
 CONFIG, INDEX, SINGLE_SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -257,6 +264,58 @@ class Base:
         return {name: self.target(self.folder / name) for name in names}
 
 
+@dataclass(frozen=True)
+class Translated(Base):
+    """`source`, a checkpoint of LLaVA's own code, as one in transformers' layout.
+
+    Its small files are written to a temporary `folder`; the shards stay where they are, and their weights get other names when
+    they are placed.
+    """
+
+    source: Base
+    names: dict[str, str]  # of each weight -> in transformers' layout
+
+    @classmethod
+    def of(cls, source: Base, folder: Path) -> "Translated":
+        """Raises a ValueError, before anything is downloaded, for what is not understood and for weights that do not fit."""
+        content = source.config()
+        copied = (GENERATION_CONFIG, CARD, *TOKENIZER_FILES)
+        original_llava.write_translated(source.name, content, source.folder, folder, copied)
+        translated = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        names = {name: renamed for name, (renamed, _) in original_llava.weights_of(translated).items()}
+        if (weight_map := source.weight_map()) is not None:
+            original_llava.check_names(source.name, translated, weight_map)
+            index = {"metadata": {}, "weight_map": {names[name]: shard for name, shard in weight_map.items()}}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        return cls(source.name, folder, source.hub_id, source, names)
+
+    def shard_sizes(self) -> dict[str, int]:
+        return self.source.shard_sizes()
+
+    def fetch_shards(self) -> dict[str, Path]:
+        """Raises a ValueError for a shard whose weights are not those of the config, by name and shape."""
+        paths = self.source.fetch_shards()
+        try:
+            original_llava.check_shapes(self.name, self.config(), paths.values())
+        except SafetensorError as error:
+            raise ValueError(f"A shard of {self.name} is no whole safetensors file: {error}.") from error
+        return paths
+
+
+def in_transformers_layout(source: Base) -> Base:
+    """`source`, or its translation where it is of LLaVA's own code. That has a temporary folder for as long as it exists."""
+    if not original_llava.is_original(source.config()):
+        return source
+    folder = Path(tempfile.mkdtemp(prefix="vlmpruner-"))
+    try:
+        checkpoint = Translated.of(source, folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(checkpoint, shutil.rmtree, folder, ignore_errors=True)
+    return checkpoint
+
+
 def entries(content) -> Iterator[tuple[str, object]]:
     """Every key of nested JSON with its value."""
     for key, value in content.items() if isinstance(content, dict) else ((None, each) for each in content):
@@ -307,18 +366,20 @@ def export_model(
     if push_to_hub:
         validate_repo_id(push_to_hub)
     report(f"reading {base}")
-    checkpoint = Base.open(os.fspath(base), revision)
+    source = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
     if not dry_run:
         recover(output, report)
-    found = check_output(output, checkpoint.folder, force)
+    found = check_output(output, source.folder, force)
+    checkpoint = in_transformers_layout(source)
     config = stock_config(checkpoint, pruning) if to_base else pruned_config(checkpoint, pruning)
     sizes = checkpoint.shard_sizes()
     name = push_to_hub or output.name
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             write_small_files(Path(folder), checkpoint, config, name)
-            report_plan(output, sizes | file_sizes(Path(folder)), report)
+            how = "with other names for the weights" if checkpoint is not source else "weights are hard links where possible"
+            report_plan(output, sizes | file_sizes(Path(folder)), how, report)
         return output
     with workspace(output) as beside:
         # Its own name within the temporary folder: the library names the module of custom code after it.
@@ -366,9 +427,11 @@ def stock_class(our_class: type) -> type:
 
 def read_stock_config(checkpoint: Base, config_class: type):
     """The checkpoint's config in the base's class, without our keys."""
-    content = {key: value for key, value in checkpoint.config().items() if key != "auto_map" and not key.startswith("pruning_")}
+    stock = stock_class(config_class)
+    ours = {"auto_map"} | {field.name for field in fields(config_class)} - {field.name for field in fields(stock)}
+    content = {key: value for key, value in checkpoint.config().items() if key not in ours and not key.startswith("pruning_")}
     try:
-        return stock_class(config_class).from_dict(deepcopy(content) | {"model_type": config_class.base_model_type})
+        return stock.from_dict(deepcopy(content) | {"model_type": config_class.base_model_type})
     except Exception as error:  # of any type: these are values of a file that anyone wrote
         base_type = config_class.base_model_type
         raise ValueError(f"{CONFIG} of {checkpoint.name} is no config of a {base_type} model: {describe(error)}") from error
@@ -414,6 +477,12 @@ def stock_config(checkpoint: Base, pruning: dict):
         raise ValueError(f"{checkpoint.name} is a base model already: its type is {config_class.base_model_type!r}.")
     if pruning:
         raise ValueError(f"A base model has no pruning keys, but got {', '.join(sorted(pruning))} for it.")
+    for key in getattr(config_class, "processor_keys", ()):
+        if (value := checkpoint.config().get(key)) not in (None, default := getattr(config_class, key)):
+            raise ValueError(
+                f"{checkpoint.name} has {key}={value!r}, but the stock class knows {default!r} alone and would run it wrongly. "
+                "Set pruning_ratio to 0 for the base model."
+            )
     config = read_stock_config(checkpoint, config_class)
     config.architectures = [stock_class(own(config_class.auto_map_targets["AutoModelForImageTextToText"])).__name__]
     return config
@@ -562,6 +631,8 @@ def write_processor(folder: Path, checkpoint: Base, config) -> None:
         processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        for key in getattr(config, "processor_keys", ()):
+            setattr(processor, key, getattr(config, key))
         for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
             processor.tokenizer.init_kwargs.pop(key, None)
         processor.save_pretrained(folder)
@@ -584,11 +655,16 @@ def unreadable_files(checkpoint: Base) -> list[str]:
 
 
 def place_shards(folder: Path, checkpoint: Base, sizes: dict[str, int], report: Callable[[str], None]) -> None:
-    """Hard-link the shards into `folder`, or copy them where that is not possible. Nothing in it is overwritten."""
+    """Hard-link the shards into `folder`, or copy them where that is not possible, or where their weights get other names.
+    Nothing in it is overwritten."""
     paths = checkpoint.fetch_shards()
     for number, (name, path) in enumerate(paths.items(), start=1):
         progress = f"[{number}/{len(paths)}] {name}, {readable(sizes[name])}"
         try:
+            if isinstance(checkpoint, Translated):
+                report(f"{progress}: copying, with other names for the weights")
+                original_llava.copy_renamed(path, folder / name, checkpoint.names)
+                continue
             os.link(path, folder / name)
         except FileExistsError:
             raise ValueError(f"The shard {name} of {checkpoint.name} has the name of another file of the export.") from None
@@ -787,6 +863,7 @@ def model_card(checkpoint: Base, config, name: str) -> str:
             stock_class=stock_class(own(config.auto_map["AutoModelForImageTextToText"])).__name__,
             model_type=config.model_type,
             name=name,
+            back=(CARD_BACK if getattr(config, "has_stock_video_layout", True) else CARD_NO_WAY_BACK).format(name=name),
         )
     else:
         text = BASE_CARD_TEXT.format(title=title, source=checkpoint.name, stock_class=config.architectures[0])
@@ -875,11 +952,19 @@ the code here, ignores the `pruning_*` keys, and starts with random weights wher
 warning at most. To check what you have: `type(model)` is a `VLMPruner...` class, and the record of a request with an image, as
 above, is not None. `model.config.model_type` is `"{model_type}"` in both cases. vLLM serves this repo pruned with the plugin
 of VLM-Pruner and refuses it without; `--hf-overrides` with the architecture `{stock_class}` serves the base model, unpruned.
+{back}"""
+
+CARD_BACK = """\
 For stock classes and other tools, turn this repo back into one of the base model, with the `export.py` of VLM-Pruner:
 
 ```bash
 python export.py {name} --to-base --output unpruned
 ```
+"""
+
+CARD_NO_WAY_BACK = """\
+The stock class also pools videos or places their newlines otherwise than this model was trained with, so there is no repo for
+stock classes to turn this one into: set `pruning_ratio` to 0.
 """
 
 BASE_CARD_TEXT = """
@@ -894,11 +979,11 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def report_plan(output: Path, sizes: dict[str, int], report: Callable[[str], None]) -> None:
+def report_plan(output: Path, sizes: dict[str, int], how: str, report: Callable[[str], None]) -> None:
     report(f"would write {output}:")
     for name, size in sorted(sizes.items()):
         report(f"  {name:40} {readable(size):>9}")
-    report(f"  {len(sizes)} files, {readable(sum(sizes.values()))}; weights are hard links where possible")
+    report(f"  {len(sizes)} files, {readable(sum(sizes.values()))}; {how}")
 
 
 def readable(size: float) -> str:

@@ -4,7 +4,8 @@ What is LLaVA's own is which grids an image or a video forms:
 - LLaVA-1.5: one grid of the vision tower's patches; with the "full" feature strategy a class token before it.
 - LLaVA-NeXT and OneVision: a base view, and a view of higher resolution that lost its padding and has a newline token at the
   end of each row. OneVision sees the images of a row that has several as a base view alone, with one newline at the end.
-- OneVision's videos: a pooled grid for each frame, and one newline at the end.
+- OneVision's videos: a pooled grid for each frame, and one newline at the end. LLaVA-Video's: a newline after each row of each
+  frame, and another pooling (`newline_position`, `spatial_pool_mode` and `spatial_pool_stride` of the config).
 Class tokens and newlines are structure: never candidates, always kept. Everything else is in `pruned_decoder.py` and
 `pruned_model.py`.
 """
@@ -12,7 +13,6 @@ Class tokens and newlines are structure: never candidates, always kept. Everythi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from math import ceil
 
 import torch
 from torch import nn
@@ -222,6 +222,21 @@ class VLMPrunerLlavaNextModel(AnyResolutionMixin, LlavaNextModel):
     get_image_features = with_image_sizes(LlavaNextModel.get_image_features)
 
 
+def with_newlines(get_video_features: Callable) -> Callable:
+    """The stock method, with newlines where the config has them."""
+
+    @wraps(get_video_features)
+    def laid_out(self, *args, **kwargs):
+        if self.config.newline_position == "one_token":
+            return get_video_features(self, *args, **kwargs)
+        outputs = get_video_features(self, *args, **kwargs | {"return_dict": True})
+        pixels = args[0] if args else kwargs.get("pixel_values_videos", kwargs.get("pixel_values"))
+        outputs.pooler_output = self._with_newlines(outputs.pooler_output, frames=pixels.shape[1])
+        return outputs if kwargs.get("return_dict", True) else outputs.to_tuple()
+
+    return laid_out
+
+
 class VLMPrunerLlavaOnevisionModel(AnyResolutionMixin, LlavaOnevisionModel):
     """`LlavaOnevisionModel` whose decoder drops visual tokens.
 
@@ -238,33 +253,67 @@ class VLMPrunerLlavaOnevisionModel(AnyResolutionMixin, LlavaOnevisionModel):
         "video": ("pixel_values_videos", ("vision_feature_layer", "vision_feature_select_strategy")),
     }
     get_image_features = with_image_sizes(LlavaOnevisionModel.get_image_features)
+    get_video_features = with_newlines(LlavaOnevisionModel.get_video_features)
+
+    def apply_pooling(self, image_features: torch.Tensor) -> torch.Tensor:
+        """As in the stock class, with the pooling of the config. [frames, patches, c] to [frames, tokens, c]"""
+        mode, stride = self.config.spatial_pool_mode, self.config.spatial_pool_stride
+        if (mode, stride) == ("bilinear", 2):
+            return super().apply_pooling(image_features)
+        layout = self.config.video_layout
+        frames = image_features.unflatten(1, self._tower_grid()).permute(0, 3, 1, 2)
+        if mode == "bilinear":
+            pooled = nn.functional.interpolate(frames, size=(layout.height, layout.width), mode="bilinear")
+        else:
+            pool = {"average": nn.functional.avg_pool2d, "max": nn.functional.max_pool2d}[mode]
+            pooled = pool(frames, stride)
+        return pooled.flatten(2).transpose(1, 2)
+
+    def _with_newlines(self, features: torch.Tensor, frames: int) -> torch.Tensor:
+        """The stock features of videos of `frames`, with the newlines of the config.
+
+        Args:
+            features: [videos, frames * height * width, c], and one newline more where the stock method ends a video with it.
+
+        Returns:
+            [videos, num_features, c], without the last newline where `features` had none: `forward` adds it then.
+        """
+        layout = self.config.video_layout
+        num_tokens = frames * layout.height * layout.width
+        grids = features[:, :num_tokens].unflatten(1, (frames, layout.height, layout.width))
+        newline = self.image_newline.to(features)
+        if self.config.newline_position == "grid":
+            grids = torch.cat([grids, newline.expand(*grids.shape[:3], 1, -1)], dim=3)
+        rows = grids.flatten(2, 3)
+        if self.config.newline_position == "frame":
+            rows = torch.cat([rows, newline.expand(*rows.shape[:2], 1, -1)], dim=2)
+        laid_out = rows.flatten(1, 2)
+        return laid_out if features.shape[1] > num_tokens else laid_out[:, :-1]
 
     def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
         if modality != "video":
             return super().grid_views_of(modality, features)
-        height, width = self._frame_grid()
-        frames, surplus = divmod(len(features) - 1, height * width)
-        if surplus:
+        layout, scope = self.config.video_layout, self.config.pruning_video_scope
+        frames = (len(features) - layout.num_at_end) // layout.frame_stride
+        if len(features) != layout.num_features(frames):
             raise ValueError(
-                f"A video has {len(features)} features, which is no number of frames of {height} x {width} = {height * width} "
-                "and one newline. (A prompt prefilled in chunks cuts them: set prefill_chunk_size=None.)"
+                f"A video has {len(features)} features, which is no number of frames of {layout.height} x {layout.width} = "
+                f"{layout.height * layout.width} with newlines as in newline_position={self.config.newline_position!r}. "
+                "(A prompt prefilled in chunks cuts them: set prefill_chunk_size=None.)"
             )
-        return video_views(frames, height, width, self.config.pruning_video_scope)
+        return video_views(frames, layout.height, layout.width, scope, layout.row_stride, layout.frame_stride)
 
     def _encode(self, inputs: dict) -> dict:
         """Ends each video with a newline. From transformers 5.18 on `get_video_features` does so; 5.17 does it in `forward`."""
         pixels = inputs.get("pixel_values_videos")
         encoded = super()._encode(inputs)
-        height, width = self._frame_grid()
-        if pixels is not None and (videos := encoded["video"]).pooler_output.shape[1] == pixels.shape[1] * height * width:
+        if pixels is None:
+            return encoded
+        num_features = self.config.video_layout.num_features(frames=pixels.shape[1])
+        if (videos := encoded["video"]).pooler_output.shape[1] == num_features - 1:
             newlines = self.image_newline.to(videos.pooler_output).expand(len(videos.pooler_output), 1, -1)
             videos.pooler_output = torch.cat([videos.pooler_output, newlines], dim=1)
         return encoded
-
-    def _frame_grid(self) -> tuple[int, int]:
-        """(height, width) of a frame in tokens, after pooling by two."""
-        height, width = self._tower_grid()
-        return ceil(height / 2), ceil(width / 2)
 
 
 class LlavaGenerationMixin(PrunedForConditionalGenerationMixin):

@@ -29,6 +29,8 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.video_utils import make_batched_videos
 
+from .configuration_vlmpruner import VideoLayout
+
 
 # First to last selected: plasma's yellow to purple, along which lightness only falls.
 ORDER_COLORS = ((240, 249, 33), (248, 149, 64), (204, 71, 120), (140, 30, 190))
@@ -453,7 +455,58 @@ class VLMPrunerLlavaNextProcessor(AnyResolutionDrawMixin, LlavaNextProcessor):
 
 
 class VLMPrunerLlavaOnevisionProcessor(AnyResolutionDrawMixin, LlavaOnevisionProcessor):
-    """The processor of LLaVA-OneVision with `draw_kept_tokens`."""
+    """The processor of LLaVA-OneVision and LLaVA-Video with `draw_kept_tokens`.
+
+    It takes `spatial_pool_mode`, `spatial_pool_stride` and `newline_position` of the model's config, which say how many tokens
+    a video has.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        num_image_tokens=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+        spatial_pool_mode="bilinear",
+        spatial_pool_stride=2,
+        newline_position="one_token",
+        **kwargs,
+    ):
+        self.spatial_pool_mode, self.spatial_pool_stride = spatial_pool_mode, spatial_pool_stride
+        self.newline_position = newline_position
+        super().__init__(
+            image_processor,
+            tokenizer,
+            video_processor,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            **kwargs,
+        )
+
+    @property
+    def video_layout(self) -> VideoLayout:
+        """Raises a ValueError for a key that is out of range."""
+        side = isqrt(self.num_image_tokens)
+        return VideoLayout.of(side, self.spatial_pool_mode, self.spatial_pool_stride, self.newline_position)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        num_frames = len(video_inputs["pixel_values_videos"][video_idx])
+        return self.video_token * self.video_layout.num_features(num_frames)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs):
+        counts = super()._get_num_multimodal_tokens(image_sizes, video_sizes, **kwargs)
+        if video_sizes is not None:
+            counts.num_video_tokens = [self.video_layout.num_features(num_frames) for num_frames, *_ in video_sizes]
+        return counts
 
     def base_grid(self, squares: torch.Tensor) -> tuple[int, int]:
         side = isqrt(self.num_image_tokens)
@@ -474,9 +527,15 @@ class VLMPrunerLlavaOnevisionProcessor(AnyResolutionDrawMixin, LlavaOnevisionPro
         return [[image], [[image, image]]]
 
     def video_slices(self, inputs, settings):
-        side = isqrt(self.num_image_tokens)
-        pooled = (ceil(side / 2), ceil(side / 2))
-        return [[(whole_patches(frame, (side, side)), pooled) for frame in video] for video in inputs["pixel_values_videos"]]
+        side, layout = isqrt(self.num_image_tokens), self.video_layout
+        pooled, videos = (layout.height, layout.width), []
+        for video in inputs["pixel_values_videos"]:
+            frames = [whole_patches(frame, (side, side)) for frame in video]
+            if layout.pool_stride is not None:  # tokens of whole squares, which leave a rest unseen
+                seen = frames[0].shape[-1] // side * layout.pool_stride * layout.height
+                frames = [frame[..., :seen, :seen] for frame in frames]
+            videos.append([(frame, pooled) for frame in frames])
+        return videos
 
 
 class QwenDrawMixin(DrawMixin):

@@ -52,15 +52,16 @@ PRUNED_MASK = "pruned_attention_"
 class GridView:
     """The visual tokens of an image or video that lie on one (height, width) or (frames, height, width) grid.
 
-    Token (f, y, x) of the grid is row `start + f * height * width + y * row_stride + x` of the features. Rows of the features
-    that no view covers (a class token, row-end newlines) are structure: never candidates, always kept.
+    Token (f, y, x) of the grid is row `start + f * frame_stride + y * row_stride + x` of the features. Rows of the features
+    that no view covers (a class token, newlines) are structure: never candidates, always kept.
     """
 
     height: int
     width: int
     start: int = 0
-    row_stride: int | None = None
+    row_stride: int | None = None  # None: width
     frames: int = 1
+    frame_stride: int | None = None  # None: height * row_stride
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -68,16 +69,20 @@ class GridView:
 
     def token_indices(self) -> torch.LongTensor:
         """Rows of the features, in row-major order of the grid. [frames * height * width]"""
-        f = torch.arange(self.frames)[:, None, None] * (self.height * self.width)
-        y = torch.arange(self.height)[:, None] * (self.row_stride or self.width)
+        row_stride = self.row_stride or self.width
+        f = torch.arange(self.frames)[:, None, None] * (self.frame_stride or self.height * row_stride)
+        y = torch.arange(self.height)[:, None] * row_stride
         return (self.start + f + y + torch.arange(self.width)).flatten()
 
 
-def video_views(frames: int, height: int, width: int, scope: str) -> list[GridView]:
-    """The grids of a video of `frames` slices: one each with scope "slice", one for all with "video"."""
+def video_views(
+    frames: int, height: int, width: int, scope: str, row_stride: int | None = None, frame_stride: int | None = None
+) -> list[GridView]:
+    """The grids of a video of `frames` slices: one each with scope "slice", one for all with "video". See `GridView`."""
     if scope == "video":
-        return [GridView(height, width, frames=frames)]
-    return [GridView(height, width, start=frame * height * width) for frame in range(frames)]
+        return [GridView(height, width, row_stride=row_stride, frames=frames, frame_stride=frame_stride)]
+    step = frame_stride or height * (row_stride or width)
+    return [GridView(height, width, start=frame * step, row_stride=row_stride) for frame in range(frames)]
 
 
 @dataclass(frozen=True)

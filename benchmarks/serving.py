@@ -42,7 +42,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory
+from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory, why_not_measured
 from measurement import argument_parser, copy_bandwidth, draw_bars, environment, heading, run, table
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -112,7 +112,7 @@ def requests_that_fit(server: str, request: Request, output: int, blocks: int, b
     The plugin has as many groups of layers as the pruning layer goes into all layers, also at a ratio of 0; the stock model has
     one. One block is vLLM's own.
     """
-    groups = 1 if server == "stock" else DecoderSizes.of(request.geometry).layers // request.layer
+    groups = 1 if server == "stock" else len(DecoderSizes.of(request.geometry).layers) // request.layer
     tokens = request.tokens() + output
     pruned_tokens = request.tokens(request.ratio) + output if server == "pruned" else tokens
     return (blocks - 1) // blocks_of_request(tokens, pruned_tokens, groups, block_size)
@@ -122,7 +122,7 @@ def cache_bytes_for(number: int, request: Request, output: int, dtype: torch.dty
     """Bytes of a cache that holds `number` unpruned requests in blocks of `BLOCK` tokens, and the block that vLLM keeps."""
     sizes = DecoderSizes.of(request.geometry)
     blocks = 1 + number * ceil((request.tokens() + output) / BLOCK)
-    return 2 * dtype.itemsize * sizes.key_value * sizes.layers * blocks * BLOCK
+    return 2 * dtype.itemsize * sizes.key_value * blocks * BLOCK
 
 
 def with_answer(request: Request, output: int) -> Request:
@@ -417,6 +417,8 @@ def measure_model(name: str, arguments: argparse.Namespace, result: dict, folder
     print(f"\n{name}, {request.describe()}; {output} tokens of answer\n{prefill.describe()}")
     print(f"        with the answer, {cache.kv_bytes / cache.pruned_kv_bytes:.2f} times as many requests in the same cache")
     print(f"{heading(result)}\n", flush=True)
+    if (reason := why_not_measured(request.geometry)) is not None:
+        raise ValueError(f"{name} is not served: {reason}.")
     random_base(request.geometry, folder / "base", arguments.device, dtype)
     gc.collect()
     if arguments.device == "cuda":

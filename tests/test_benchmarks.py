@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the benchmarks are scripts in a folder of their own, which has to be on the path first
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,9 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, DynamicCache
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +27,21 @@ import measurement
 import prefill
 import selection
 import serving
-from geometries import GEOMETRIES, DecoderSizes, Geometry, Request, Theory, make_inputs, make_models
+from geometries import (
+    GEOMETRIES,
+    DecoderSizes,
+    Geometry,
+    LayerSizes,
+    LinearAttention,
+    Request,
+    Theory,
+    make_inputs,
+    make_models,
+    why_not_measured,
+)
 from measurement import fixed_features
 
-from vlmpruner.pruned_cache import cache_of
+from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 
 
 SMALL_TEXT = {
@@ -85,18 +100,29 @@ def run_main(module, monkeypatch, capsys, *arguments, num_layers: int = 4) -> tu
 
 
 def test_multiplications_of_a_layer_by_hand():
-    sizes = DecoderSizes(hidden=2, intermediate=3, layers=1, query=2, key_value=1, vocabulary=7)
+    sizes = {"hidden": 2, "query": 2, "key_value": 1}
     # 10 tokens: queries 40, keys 20, values 20, output 40, scores and their sums over values 200 each, gated MLP 3 x 60
-    assert sizes.layer_multiplications(10) == 40 + 20 + 20 + 40 + 200 + 200 + 180
+    assert LayerSizes(**sizes, intermediate=3).multiplications(10) == 40 + 20 + 20 + 40 + 200 + 200 + 180
+    # 5 experts, of which 2 work on a token and 1 more on each: router 100, experts 3 x 10 x 2 x 2 x 7, shared one 3 x 60
+    experts = LayerSizes(**sizes, intermediate=3, experts=5, expert=7, chosen=2, routing=5)
+    assert experts.multiplications(10) == 40 + 20 + 20 + 40 + 200 + 200 + 100 + 840 + 180
+    assert experts.weights(5) == 4 + 2 + 2 + 4 + 10 + 3 * 2 * 7 * 5 + 18
+    assert experts.experts_read(1) == pytest.approx(2) and experts.experts_read(2) == pytest.approx(3.2)
+    # A head of keys of 3, two of values of 5: queries and keys 2 x 2 x 3, values, their gate and the output 3 x 2 x 10, decay
+    # and step 2 x 2 x 2, convolution 4 x 16; then four products for each of 2 x 15 entries of the states
+    linear = LinearAttention(key=3, value_heads=2, key_dim=3, value_dim=5, kernel=4)
+    layer = LayerSizes(hidden=2, query=0, key_value=0, intermediate=3, linear=linear)
+    assert layer.multiplications(10) == 10 * (12 + 60 + 8 + 64 + 18 + 4 * 30)
+    assert layer.multiplications(20) == 2 * layer.multiplications(10)
 
 
 def test_multiplications_are_the_papers_formula():
     n, d, m = 636, 4096, 11008
-    sizes = DecoderSizes.of(GEOMETRIES["llava-1.5-7b"])
-    assert sizes.layer_multiplications(n) == 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
+    first, *_ = DecoderSizes.of(GEOMETRIES["llava-1.5-7b"]).layers
+    assert first.multiplications(n) == 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
     n, d, m, d_kv = 1470, 3584, 18944, 512
-    sizes = DecoderSizes.of(GEOMETRIES["qwen2-vl-7b"])
-    assert sizes.layer_multiplications(n) == 2 * n * d**2 + 2 * n * d * d_kv + 2 * n**2 * d + 3 * n * d * m
+    first, *_ = DecoderSizes.of(GEOMETRIES["qwen2-vl-7b"]).layers
+    assert first.multiplications(n) == 2 * n * d**2 + 2 * n * d * d_kv + 2 * n**2 * d + 3 * n * d * m
 
 
 @pytest.mark.parametrize(
@@ -124,7 +150,121 @@ def test_bytes_and_floors_by_hand():
     assert theory.pruned_decode_floor_s == (theory.weight_bytes + theory.pruned_kv_bytes) / 2e12
 
 
-@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "llava-1.5-13b"])
+# What is public of each: weights of the language model in billions, and of those the ones that work on a token.
+BILLIONS = {
+    "qwen3-vl-30b-a3b": (30.5, 3.3),
+    "qwen3.5-9b": (9.0, 9.0),
+    "internvl3.5-8b": (8.2, 8.2),
+    "glm-4.1v-9b": (9.4, 9.4),
+    "glm-4.5v": (106, 12),
+}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_the_sizes_make_the_models_that_they_are_named_after(name):
+    """Within 3 percent of what is published, where some count embeddings and the head and some do not."""
+    sizes = DecoderSizes.of(GEOMETRIES[name])
+    embeddings = 2 * sizes.vocabulary * sizes.hidden
+    for of, published in zip(("experts", "chosen"), BILLIONS[name], strict=True):
+        layers = sum(layer.weights(getattr(layer, of)) for layer in sizes.layers)
+        assert 0.97 * layers <= 1e9 * published <= 1.03 * (layers + embeddings)
+
+
+# Narrow decoders of the kinds that the theory tells apart.
+SMALL_KINDS = {
+    "qwen3-vl-30b-a3b": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 2},
+    "glm-4.5v": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 2,
+    },
+    "glm-4.1v-9b": {"num_hidden_layers": 2},
+    "internvl3.5-8b": {"num_hidden_layers": 2},
+    "qwen3.5-9b": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    },
+}
+
+
+def narrow(name: str) -> Geometry:
+    geometry, text = GEOMETRIES[name], GEOMETRIES[name].config["text_config"]
+    small = text | SMALL_TEXT | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2} | SMALL_KINDS[name]
+    if "rope_parameters" in text:
+        share = text["rope_parameters"].get("partial_rotary_factor", 1)
+        sections = {1: [2, 3, 3], 0.5: [2, 1, 1], 0.25: [1, 1, 0]}[share]
+        small["rope_parameters"] = text["rope_parameters"] | {"mrope_section": sections}
+    return replace(geometry, config=geometry.config | {"text_config": small}, grids=((3, 4),))
+
+
+class CountStateProducts(TorchDispatchMode):
+    """Counts products that have an entry for each of `entries` of a state."""
+
+    def __init__(self, entries: int):
+        super().__init__()
+        self.entries, self.count = entries, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_) and result.numel() == self.entries:
+            self.count += result.numel()
+        return result
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", SMALL_KINDS)
+@torch.no_grad()
+def test_theory_counts_what_the_stock_decoder_multiplies_reads_and_keeps(name, monkeypatch):
+    """Matrix products and convolutions by torch's own counter; products of the recurrence, step by step, one by one."""
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", modeling_qwen3_5.torch_recurrent_gated_delta_rule)
+    geometry, dtype = narrow(name), torch.float32
+    sizes, config = DecoderSizes.of(geometry), geometry.text_config
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = AutoModel.from_config(config, dtype=dtype).eval()
+    request = Request(geometry, text=6, ratio=0.0, layer=1)
+    theory, hidden = Theory.of(request, dtype, bandwidth=1.0), torch.randn(1, request.tokens(), config.hidden_size)
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim > 1 and "embed_tokens" not in name]
+    assert theory.weight_bytes == sum(weight.nbytes for weight in matrices) + 4 * sizes.hidden * sizes.vocabulary
+
+    cache, linear = DynamicCache(config=config), [layer.linear for layer in sizes.layers if layer.linear]
+    entries = linear[0].value_heads * linear[0].key_dim * linear[0].value_dim if linear else 1
+    with FlopCounterMode(display=False) as flops, CountStateProducts(entries) as products:
+        model(inputs_embeds=hidden, use_cache=True, **{CACHE_NAME: cache})
+    by_module = flops.get_flop_counts().items()
+    in_layers = sum(sum(counts.values()) for module, counts in by_module if re.fullmatch(r"\w+\.layers\.\d+", module))
+    counted = in_layers // 2 + (products.count if linear else 0)
+    padding = sum(layer.kernel * layer.convolved * (layer.kernel - 1) for layer in linear)  # places before the first token
+    assert counted == padding + sum(layer.multiplications(request.tokens()) for layer in sizes.layers)
+    keys_and_values = [part for layer in cache.layers if hasattr(layer, "keys") for part in (layer.keys, layer.values)]
+    states = [
+        state
+        for layer in cache.layers
+        if hasattr(layer, "conv_states")
+        for state in (layer.conv_states[0], layer.recurrent_states[0])
+    ]
+    assert theory.kv_bytes == sum(part.nbytes for part in keys_and_values)
+    assert theory.state_bytes == sum(state.nbytes for state in states)
+
+
+def test_a_model_that_can_not_be_pruned_has_a_theory_alone(monkeypatch, capsys):
+    monkeypatch.setitem(GEOMETRIES, "0.5b", replace(tiny(), base="internvl", config=narrow("internvl3.5-8b").config))
+    monkeypatch.setattr("geometries.CONFIG_OF_BASE_MODEL", {"llava": None})
+    assert why_not_measured(GEOMETRIES["llava-1.5-7b"]) is None
+    monkeypatch.setattr(sys, "argv", ["prefill.py", "--repeats", "1"])
+    prefill.main()
+    printed = capsys.readouterr().out
+    assert "ideal ratio" in printed
+    assert "0.5b is not measured: no class prunes models of type 'internvl' here, only llava." in printed
+
+
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name not in ("llava-1.5-13b", *SMALL_KINDS)])
 def test_theory_counts_the_bytes_of_real_caches_and_weights(name):
     request = Request(shrunk(name))
     models = make_models(request.geometry, "cpu", torch.float32, pruning_ratio=request.ratio)

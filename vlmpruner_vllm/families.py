@@ -83,12 +83,18 @@ def family_of(config) -> Family:
     """The family of a config, by its architecture.
 
     Raises:
-        ValueError: for a pruned architecture that the plugin does not serve.
+        ValueError: for a pruned architecture that the plugin does not serve, or a layout of videos that vLLM's class has not.
     """
     architecture = next(iter(config.architectures or ()), None)
     if architecture not in FAMILIES:
         raise ValueError(
             f"The vLLM plugin of VLM-Pruner does not serve {architecture!r}. It serves: {', '.join(FAMILIES)}. Use "
             "`transformers` for this model."
+        )
+    if not getattr(config, "has_stock_video_layout", True):
+        raise ValueError(
+            f"The vLLM plugin of VLM-Pruner serves no model with newline_position={config.newline_position!r}, "
+            f"spatial_pool_mode={config.spatial_pool_mode!r} and spatial_pool_stride={config.spatial_pool_stride!r}: vLLM's "
+            "class has the videos of LLaVA-OneVision, with 'one_token', 'bilinear' and 2. Use `transformers` for this model."
         )
     return FAMILIES[architecture]

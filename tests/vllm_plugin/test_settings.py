@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 import vlmpruner_vllm
 from tests.vllm_plugin.serving import ROOT
-from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
+from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaOnevisionConfig
 from vlmpruner.token_pruning import num_tokens_to_keep
 from vlmpruner_vllm import FIRST_UNSUPPORTED_VLLM, OLDEST_VLLM, check_vllm_version
 from vlmpruner_vllm.engine import check_model
@@ -66,6 +66,14 @@ def test_a_family_that_is_not_there_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"does not serve 'VLMPrunerGlm4vFor.*'\. It serves: VLMPrunerLlava"):
         family_of(Config)
+
+
+def test_videos_that_vllm_has_no_class_for_are_refused_by_name():
+    config = VLMPrunerLlavaOnevisionConfig(architectures=["VLMPrunerLlavaOnevisionForConditionalGeneration"])
+    assert family_of(config) is FAMILIES[config.architectures[0]]
+    config.newline_position = "grid"
+    with pytest.raises(ValueError, match=r"no model with newline_position='grid', spatial_pool_mode='bilinear'"):
+        family_of(config)
 
 
 def test_a_pixtral_tower_is_refused_by_name():
