@@ -9,9 +9,9 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # One thread for each process: the models of the tests are small, and threads beyond the cores make them many times slower.
 PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
-export MODEL IMAGE QUESTION RATIO
+export MODEL IMAGE QUESTION RATIO PORT
 
-.PHONY: help demo test test-oldest test-vllm train accuracy bench bench-gpu bench-serving lint format clean
+.PHONY: help demo app test test-oldest test-vllm test-app train accuracy bench bench-gpu bench-serving lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ help: ## this list
 demo: .venv/.installed ## answer a question unpruned and pruned; MODEL=, IMAGE=, QUESTION=, RATIO= are optional
 	@.venv/bin/python demo.py $${MODEL:+--model "$$MODEL"} $${IMAGE:+--image "$$IMAGE"} \
 		$${QUESTION:+--question "$$QUESTION"} $${RATIO:+--ratio "$$RATIO"}
+
+app: .venv-app/.installed ## a page in the browser: ask, see both answers and what was kept; MODEL=, PORT= are optional
+	@.venv-app/bin/python app.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"}
 
 test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= is passed on
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
@@ -30,6 +33,9 @@ test-5.%: .venv-5.%/.installed
 
 test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for the CPU
 	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
+
+test-app: .venv-app/.installed ## the tests of app.py, in a headless Chromium where there is one
+	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app $(PYTEST_ARGS)
 
 train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
@@ -57,7 +63,7 @@ format: .venv/.installed ## repair style
 	.venv/bin/ruff format .
 
 clean: ## remove environments, caches and results
-	rm -rf .venv .venv-5.* .venv-vllm .pytest_cache .ruff_cache build demo_output *.egg-info
+	rm -rf .venv .venv-5.* .venv-app .venv-vllm .pytest_cache .ruff_cache build demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment knows the folder that it was made in: in a copied or moved clone it would import the code there, and is made anew.
@@ -78,6 +84,9 @@ endef
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml
 	$(call install,test,"transformers==5.$*.*")
+
+.venv-app/.installed: pyproject.toml
+	$(call install,app-test)
 
 # vLLM for the CPU pins its torch and brings what only loads beside a CUDA build; tests/vllm_plugin/sitecustomize.py says more.
 .venv-vllm/.installed: pyproject.toml tests/vllm_plugin/sitecustomize.py

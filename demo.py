@@ -36,6 +36,7 @@ class Run:
     """What `measure` saw of one ratio. Times in seconds; `record` is None when nothing was pruned."""
 
     answer: str
+    prompt_tokens: int
     new_tokens: int
     cache_bytes: int
     first_token: float
@@ -67,6 +68,18 @@ def load(repo: str):
     return processor, model.eval().to(device)
 
 
+def inputs_of(processor, image: Image.Image, question: str):
+    """What the model is given of a question about a picture."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
 def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats: int) -> Run:
     """Generate once to warm up, then `repeats` times."""
 
@@ -83,9 +96,11 @@ def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats
     _, outputs = generate(max_new_tokens)
     first_token = statistics.median(generate(1)[0] for _ in range(repeats))
     total = statistics.median(generate(max_new_tokens)[0] for _ in range(repeats))
-    new_tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+    prompt_tokens = inputs["input_ids"].shape[1]
+    new_tokens = outputs.sequences[0, prompt_tokens:]
     return Run(
         answer=processor.decode(new_tokens, skip_special_tokens=True).strip(),
+        prompt_tokens=prompt_tokens,
         new_tokens=len(new_tokens),
         cache_bytes=sum(states.nbytes for layer in cache_of(outputs).layers for states in (layer.keys, layer.values)),
         first_token=first_token,
@@ -94,10 +109,11 @@ def measure(processor, model, inputs, ratio: float, max_new_tokens: int, repeats
     )
 
 
-def table(unpruned: Run, pruned: Run, prompt_length: int, layer: int) -> str:
+def costs(unpruned: Run, pruned: Run) -> list[tuple[str, str, str, str]]:
+    """What was measured, by line: its name, unpruned, pruned, and the change."""
     num_visual, num_kept = pruned.record.num_visual, pruned.record.num_kept
-    rows = [
-        ("", "unpruned", "pruned", ""),
+    prompt_length, layer = unpruned.prompt_tokens, pruned.record.images[0].stages[-1][0]
+    return [
         compare("visual tokens", num_visual, num_kept, str),
         compare(f"prompt tokens from layer {layer} on", prompt_length, prompt_length - num_visual + num_kept, str),
         compare("KV cache at the end", unpruned.cache_bytes, pruned.cache_bytes, readable),
@@ -105,6 +121,10 @@ def table(unpruned: Run, pruned: Run, prompt_length: int, layer: int) -> str:
         compare("time in all", unpruned.total, pruned.total, milliseconds),
         ("answer's tokens", str(unpruned.new_tokens), str(pruned.new_tokens), ""),
     ]
+
+
+def table(rows: list[tuple[str, str, str, str]]) -> str:
+    rows = [("", "unpruned", "pruned", ""), *rows]
     return "\n".join(f"{name:30} {before:>10} {after:>10} {change:>8}".rstrip() for name, before, after, change in rows)
 
 
@@ -116,15 +136,17 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms"
 
 
-def open_picture(path) -> Image.Image:
+def open_picture(path, most_pixels: int | None = None) -> Image.Image:
     """The picture in a file, upright, in RGB: the first of several, and on white where it is transparent.
 
     Raises:
-        ValueError: if the file holds no picture that can be read.
+        ValueError: if the file holds no picture that can be read, or one of more than `most_pixels`, which is not read.
         OSError: if it cannot be opened.
     """
     try:
         with Image.open(path) as file:
+            if most_pixels is not None and file.width * file.height > most_pixels:
+                raise ValueError(f"it has {file.width} x {file.height} pixels, and {most_pixels / 1e6:g} million are the most")
             picture = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise
@@ -143,14 +165,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     checkpoint = Base.open(model_name)
     print(f"model     {model_name}")
     processor, model = load_pruned(checkpoint, model_name)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": arguments.question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = inputs_of(processor, image, arguments.question).to(model.device)
     ratio = model.config.pruning_ratio if arguments.ratio is None else arguments.ratio
     if model.config.pruning_settings(ratio) is None:
         raise ValueError(f"Nothing would be pruned with pruning_method={model.config.pruning_method!r} and a ratio of {ratio}.")
@@ -160,7 +175,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"question  {arguments.question}")
     print(f"unpruned  {unpruned.answer or '(no text)'}")
     print(f"pruned    {pruned.answer or '(no text)'}\n")
-    print(table(unpruned, pruned, inputs["input_ids"].shape[1], pruned.record.images[0].stages[-1][0]))
+    print(table(costs(unpruned, pruned)))
     PICTURE.parent.mkdir(exist_ok=True)
     processor.draw_kept_tokens(record=pruned.record, inputs=inputs)[0].save(PICTURE)
     print(f"\nThe tokens that were kept: {PICTURE}")

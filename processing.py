@@ -108,7 +108,9 @@ class DrawMixin:
             seen.add(given, options)
         return inputs
 
-    def draw_kept_tokens(self, images=None, record=None, videos=None, inputs=None, **kwargs) -> list[Image.Image]:
+    def draw_kept_tokens(
+        self, images=None, record=None, videos=None, inputs=None, first: int | None = None, **kwargs
+    ) -> list[Image.Image]:
         """Draw what a request kept: kept patches bright and framed, dropped ones grey and dim.
 
         The colour of a frame tells when its token was selected: yellow first, purple last, as in the strip below the picture.
@@ -123,6 +125,7 @@ class DrawMixin:
             videos: the videos given to the processor, likewise. None leaves them out.
             inputs: what the processor made of images and videos, instead of these: `pixel_values`, `pixel_values_videos` and
                 what came with them (`image_sizes`, `image_grid_thw`, ...), as given to the model.
+            first: draw only so many of the tokens that each grid kept, the first in the order of selection; None is all.
             kwargs: what else the processor was told in that call, such as `size`, `do_center_crop` or `do_sample_frames`, also
                 as `images_kwargs` and `videos_kwargs`. Of `inputs` only those count that normalize, or that cut into patches.
 
@@ -133,8 +136,12 @@ class DrawMixin:
         Raises:
             ValueError: if nothing was pruned in the request; if it had another number of images, videos or slices; if an image
                 or a video makes another grid than the record has; if the processor was called with an image several times,
-                with different options, and the record fits more than one of these calls.
+                with different options, and the record fits more than one of these calls; if `first` is no count.
         """
+        if first is not None and (not isinstance(first, int) or first < 0):
+            raise ValueError(
+                f"first must be None or an integer >= 0, the number of tokens to draw of each grid, got {first!r}."
+            )
         if record is None:
             raise ValueError("There is no record to draw: nothing was pruned in this request.")
         if (inputs is None) == (images is None and videos is None):
@@ -144,9 +151,9 @@ class DrawMixin:
                 raise ValueError(f"Neither the image processor nor the video processor has an option {name!r}.")
         drawn = []
         for pictures, entries in self.seen_media("image", images, record, inputs, kwargs):
-            drawn.append(with_legend(draw_grids(pictures, entries), entries, columns=len(pictures)))
+            drawn.append(with_legend(draw_grids(pictures, entries, first), entries, len(pictures), first))
         for pictures, entries in self.seen_media("video", videos, record, inputs, kwargs):
-            drawn.append(with_legend(draw_grids(pictures, entries), entries, columns=ceil(sqrt(len(pictures)))))
+            drawn.append(with_legend(draw_grids(pictures, entries, first), entries, ceil(sqrt(len(pictures))), first))
         return drawn
 
     def seen_media(self, modality: str, media, record, inputs, kwargs: dict) -> Iterator[tuple[list[Image.Image], list]]:
@@ -313,12 +320,13 @@ def sides_of(grids: list[tuple[int, int]]) -> str:
     return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(grids))
 
 
-def draw_grids(pictures: list[Image.Image], entries) -> list[Image.Image]:
-    """`pictures` with `entries` drawn on them: one picture for a grid (height, width), several for (frames, height, width)."""
+def draw_grids(pictures: list[Image.Image], entries, first: int | None) -> list[Image.Image]:
+    """`pictures` with the `first` tokens of `entries` drawn on them: one picture for a grid (height, width), several for
+    (frames, height, width)."""
     drawn = []
     for picture, (entry, frame) in zip(pictures, slices_of(entries), strict=True):
         rows, columns = entry.grid[-2:]
-        tokens = (entry.order - frame * rows * columns).tolist()
+        tokens = (entry.order[:first] - frame * rows * columns).tolist()
         places = {token: place for place, token in enumerate(tokens) if 0 <= token < rows * columns}
         drawn.append(draw_grid(picture, (rows, columns), places, entry.num_kept))
     return drawn
@@ -347,7 +355,7 @@ def draw_grid(picture: Image.Image, grid: tuple[int, int], places: dict[int, int
     return drawn
 
 
-def with_legend(pictures: list[Image.Image], entries, columns: int) -> Image.Image:
+def with_legend(pictures: list[Image.Image], entries, columns: int, first: int | None) -> Image.Image:
     """`pictures` in rows of `columns`, above a strip that states the counts and the colours of the order."""
     rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
     width = max(sum(picture.width for picture in row) + GAP * (len(row) - 1) for row in rows)
@@ -359,18 +367,21 @@ def with_legend(pictures: list[Image.Image], entries, columns: int) -> Image.Ima
         for picture in row:
             canvas.paste(picture, (left, top))
             left += picture.width + GAP
-    strip = legend(width, sum(entry.num_kept for entry in entries), sum(entry.num_visual for entry in entries))
+    shown = sum(len(entry.order[:first]) for entry in entries)
+    strip = legend(width, shown, sum(entry.num_kept for entry in entries), sum(entry.num_visual for entry in entries))
     canvas.paste(strip, (0, height))
     return canvas
 
 
-def legend(width: int, num_kept: int, num_visual: int) -> Image.Image:
+def legend(width: int, shown: int, num_kept: int, num_visual: int) -> Image.Image:
     """A strip of `width` pixels: the counts at the left and, where there is room, the colour bar at the right."""
     strip = Image.new("RGB", (width, LEGEND_HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(strip)
     font = ImageFont.load_default(size=15)
     middle = LEGEND_HEIGHT // 2
     counts = f"{num_kept} of {num_visual} visual tokens kept"
+    if shown < num_kept:
+        counts = f"the first {shown} of {num_kept} kept of {num_visual} visual tokens"
     draw.text((8, middle), counts, fill=FOREGROUND, font=font, anchor="lm")
     bar = 140
     right = width - 8
