@@ -178,8 +178,12 @@ class DecoderSizes:
 
     @classmethod
     def of(cls, geometry: Geometry) -> "DecoderSizes":
-        text = geometry.config["text_config"]
-        head_dim = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+        return cls.of_text_config(geometry.config["text_config"])
+
+    @classmethod
+    def of_text_config(cls, text: dict) -> "DecoderSizes":
+        """Of the language model's part of a `config.json`."""
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         return cls(
             text["hidden_size"],
             text["intermediate_size"],
@@ -188,6 +192,14 @@ class DecoderSizes:
             text["num_key_value_heads"] * head_dim,
             text["vocab_size"],
         )
+
+    def flops(self, tokens: Sequence[float]) -> float:
+        """Of a prefill of one row of which each layer sees so many `tokens`, in the layers alone: two for a multiplication."""
+        return 2 * sum(map(self.layer_multiplications, tokens))
+
+    def kv_bytes(self, tokens: Sequence[float], itemsize: int) -> float:
+        """Of the cache that it leaves."""
+        return 2 * self.key_value * itemsize * sum(tokens)
 
     @property
     def layer_weights(self) -> int:
