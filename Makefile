@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS)
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO PORT
 
-.PHONY: help demo app test test-oldest test-vllm test-lmms-eval test-app train accuracy bench bench-gpu bench-serving lint format clean
+.PHONY: help demo app test test-oldest test-vllm test-lmms-eval test-app train accuracy compare bench bench-gpu bench-serving lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ train: .venv/.installed ## train the small model (training/README.md), hours on 
 
 accuracy: .venv/.installed ## what pruning costs the model at the root in answers; ACCURACY_ARGS="--model FOLDER" for another
 	.venv/bin/python benchmarks/accuracy.py --ablations $(ACCURACY_ARGS)
+
+compare: .venv/.installed ## every pruning method beside the others, in answers, time and memory; COMPARE_ARGS= is passed on
+	.venv/bin/python benchmarks/compare.py $(COMPARE_ARGS)
 
 bench: .venv/.installed ## time selection, prefill and decoding on this CPU; BENCH_ARGS= is passed on
 	.venv/bin/python benchmarks/selection.py --output benchmarks/results $(BENCH_ARGS)
@@ -82,7 +85,7 @@ define install
 endef
 
 .venv/.installed: pyproject.toml
-	$(call install,test$(COMMA)tools)
+	$(call install,test$(COMMA)tools$(COMMA)bench)
 
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml

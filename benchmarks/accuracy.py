@@ -208,6 +208,11 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
 
 def answer_batch(model, processor, questions: list, blind: bool = False) -> tuple[list[str], object]:
     """Greedy answers to questions about scenes, and the record of what was kept (None when nothing was pruned)."""
+    return answers_to(model, processor, model_inputs(model, processor, questions, blind))
+
+
+def model_inputs(model, processor, questions: list, blind: bool = False) -> dict:
+    """A batch of questions about scenes, padded on the left."""
     pictures = {scene: noise_picture(scene.size, scene.seed) if blind else picture_of(scene) for scene, _ in questions}
     prompts = [
         processor.apply_chat_template(
@@ -216,9 +221,13 @@ def answer_batch(model, processor, questions: list, blind: bool = False) -> tupl
         )
         for _, question in questions
     ]
-    inputs = processor(
+    return processor(
         images=[pictures[scene] for scene, _ in questions], text=prompts, padding=True, padding_side="left", return_tensors="pt"
     ).to(model.device, model.dtype)
+
+
+def answers_to(model, processor, inputs: dict) -> tuple[list[str], object]:
+    """As `answer_batch`, of `model_inputs`."""
     outputs = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     new_tokens = outputs.sequences[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(new_tokens, skip_special_tokens=True), model.get_pruning_record(outputs)
@@ -238,6 +247,12 @@ def relative(right: dict[str, str], unpruned: dict[str, str], draws: int = 2000)
     Raises:
         ValueError: the unpruned model answers nothing at all.
     """
+    means = relative_draws(right, unpruned, draws)
+    return means[0], *np.percentile(means[1:], (2.5, 97.5))
+
+
+def relative_draws(right: dict[str, str], unpruned: dict[str, str], draws: int = 2000) -> np.ndarray:
+    """[1 + draws] the mean that `relative` speaks of, as observed and in each draw; draws are the same for equal questions."""
     answered = {kind: outcome for kind, outcome in right.items() if "1" in unpruned[kind]}
     if not answered:
         raise ValueError("The unpruned model answered no question right, so nothing can be relative to it.")
@@ -248,7 +263,7 @@ def relative(right: dict[str, str], unpruned: dict[str, str], draws: int = 2000)
         chosen[0] = np.arange(len(outcome))
         here, there = pairs[:, chosen].sum(-1)
         means += 100 * here / np.maximum(there, 1) / len(answered)
-    return means[0], *np.percentile(means[1:], (2.5, 97.5))
+    return means
 
 
 class Results:
@@ -266,6 +281,9 @@ class Results:
 
     def add(self, configuration: Configuration, result: dict):
         self.results[configuration.name] = asdict(configuration) | result
+        self.write()
+
+    def write(self):
         text = json.dumps(self.content, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_suffix(".new").write_text(text + "\n")

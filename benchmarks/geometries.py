@@ -427,9 +427,20 @@ class DecoderSizes:
 
     @classmethod
     def of(cls, geometry: Geometry) -> "DecoderSizes":
-        text = geometry.text_config
+        return cls.of_text_config(geometry.text_config)
+
+    @classmethod
+    def of_text_config(cls, text: PreTrainedConfig) -> "DecoderSizes":
         layers = tuple(LayerSizes.of(text, layer) for layer in range(text.num_hidden_layers))
         return cls(text.hidden_size, text.vocab_size, layers)
+
+    def flops(self, tokens: Sequence[float]) -> float:
+        """Of a prefill of one row of which each layer sees so many `tokens`, in the layers alone: two for a multiplication."""
+        return 2 * sum(layer.multiplications(number) for layer, number in zip(self.layers, tokens, strict=True))
+
+    def kv_bytes(self, tokens: Sequence[float], itemsize: int) -> float:
+        """Of the cache that it leaves."""
+        return 2 * itemsize * sum(layer.key_value * number for layer, number in zip(self.layers, tokens, strict=True))
 
     @property
     def key_value(self) -> int:

@@ -7,8 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from training import scenes
 from training.scenes import (
     COLORS,
+    HARD_SPLITS,
     LETTERS,
     PATCH,
     QUESTION_TYPES,
@@ -29,6 +31,12 @@ DRAWN_WITH = {"pillow": "13.0.0", "matplotlib": "3.11.2"}
 HASHES = [
     "ad1bf0fa9238", "5ab532d34104", "553cf8c5a781", "aa797dccbd30", "3b143e1c3109",
     "ce7311572fa8", "e27b179349ad", "f1622de58280", "7e8b99c431ae", "2e688f6d85f8",
+]  # fmt: skip
+
+HARD_DRAWN_WITH = DRAWN_WITH | {"scikit-image": "0.26.0"}
+HARD_HASHES = [
+    "0f1e4b011178", "44239ef07e3c", "45b62b83cbf1", "deb79c93ae0c", "33098cc34b8a",
+    "a7396f07ad57", "c032ebb19186", "99fa2a6c69b8", "1875adb1b30f", "73a95a6c673b",
 ]  # fmt: skip
 
 
@@ -73,9 +81,10 @@ def test_every_type_is_asked_and_yes_is_as_likely_as_no():
         assert abs(answers["yes"] / counts[kind] - 0.5) < 0.05
 
 
+@pytest.mark.parametrize("split", ["test", "hard_test"])
 @pytest.mark.parametrize("seed", range(40))
-def test_answers_follow_from_the_layout(seed):
-    scene = make_scene("test", seed)
+def test_answers_follow_from_the_layout(seed, split):
+    scene = make_scene(split, seed)
     pairs = {(shape.color, shape.kind): shape for shape in scene.shapes}
     for question in ask(scene):
         words = question.text.rstrip("?").split()
@@ -129,8 +138,70 @@ def test_patch_labels_name_what_the_patches_show():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("tests", 0), "split"), (("test", 0, 100), "size"), (("test", 0, 70), "size")]
+    ("arguments", "message"),
+    [(("hard", 0), "split"), (("tests", 0), "split"), (("test", 0, 100), "size"), (("test", 0, 70), "size")],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_scene(*arguments)
+
+
+# Hard scenes
+
+
+def test_hard_scenes_are_crowded_and_small_and_repeat_colors():
+    plain, hard = ([make_scene(split, seed) for seed in range(300)] for split in ("test", "hard_test"))
+    most = max(len(scene.shapes) for scene in plain)
+    assert np.mean([len(scene.shapes) > most for scene in hard]) > 0.5
+    assert max(sign.font_size for scene in hard for sign in scene.signs) < np.mean(
+        [sign.font_size for scene in plain for sign in scene.signs]
+    )
+    colors = [[sign.color for sign in scene.signs] for scene in hard]
+    assert np.mean([len(set(of_scene)) < len(of_scene) for of_scene in colors]) > 0.3
+    # What is asked for by its color is alone in it.
+    asked = [(scene, item) for scene in hard for item in ask(scene) if item.kind == "read_color"]
+    assert len(asked) > 150
+    for scene, item in asked:
+        assert [sign.color for sign in scene.signs].count(item.text.rstrip("?").split()[-2]) == 1
+
+
+def test_hard_splits_share_no_words_and_no_photographs_with_each_other_or_with_training():
+    texts = {
+        split: {sign.text for seed in range(400) for sign in make_scene(split, seed).signs} for split in ("train", *HARD_SPLITS)
+    }
+    words = {split: {text for text in found if text.isalpha()} for split, found in texts.items()}
+    assert min(map(len, words.values())) > 30
+    assert not words["hard_development"] & words["hard_test"]
+    assert not texts["train"] & (texts["hard_development"] | texts["hard_test"])
+    assert not set(scenes.PHOTOGRAPHS["hard_development"]) & set(scenes.PHOTOGRAPHS["hard_test"])
+
+
+def is_on_photograph(scene) -> bool:
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "_photograph", lambda rng, name, size: asked.append(name) or np.zeros((size, size, 3), np.uint8))
+        draw(scene)
+    return bool(asked)
+
+
+def test_half_of_the_hard_scenes_lie_on_photographs_and_say_what_they_need(monkeypatch):
+    found = [make_scene("hard_test", seed) for seed in range(30)]
+    on_photographs = [scene for scene in found if is_on_photograph(scene)]
+    assert 8 <= len(on_photographs) <= 22
+    scenes._photograph_file.cache_clear()
+    monkeypatch.setattr(scenes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-image ships.*vlmpruner\[bench\]"):
+        draw(on_photographs[0])
+    drawn = draw(next(scene for scene in found if scene not in on_photographs))
+    assert drawn.size == (336, 336)
+
+
+@pytest.mark.once
+def test_hard_scenes_have_the_pinned_pixels_and_questions():
+    try:
+        installed = {name: importlib.metadata.version(name) for name in HARD_DRAWN_WITH}
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("photographs are those of scikit-image, which is not installed")
+    if installed != HARD_DRAWN_WITH:
+        pytest.skip(f"drawn with {installed}, pinned with {HARD_DRAWN_WITH}")
+    assert [scene_hash(split, seed) for split in HARD_SPLITS for seed in range(5)] == HARD_HASHES

@@ -1,0 +1,142 @@
+"""The comparison of methods: what is equal among them, what it costs, and a run that goes on where it stopped."""
+
+# ruff: noqa: E402 - the benchmarks are scripts in a folder of their own, which has to be on the path first
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare
+from compare import Comparison, difference, matched_budget, parse_method, planned_tokens, rows_of
+from geometries import DecoderSizes, LayerSizes
+
+from vlmpruner.pruning_methods import METHODS
+
+
+LAYER = LayerSizes(hidden=2, intermediate=3, query=2, key_value=2)
+SIZES = DecoderSizes(hidden=2, vocabulary=7, layers=(LAYER,) * 6)
+
+
+def method(name: str, num_layers: int = 6):
+    return METHODS[name](METHODS[name].Parameters(), 2, num_layers)
+
+
+def test_a_method_is_named_with_its_preset_and_parameters():
+    assert parse_method("random") == ("random", {})
+    assert parse_method("vlm_pruner:fine,threshold=0.5,fill_budget=true") == (
+        "vlm_pruner",
+        {"pruning_preset": "fine", "pruning_threshold": 0.5, "pruning_fill_budget": True},
+    )
+    with pytest.raises(ValueError, match=r"NAME=VALUE.*'threshold'"):
+        parse_method("vlm_pruner,threshold")
+
+
+def test_a_plan_says_what_each_layer_sees():
+    assert planned_tokens(method("random"), 576, 64) == [576, 576, 64, 64, 64, 64]
+    assert planned_tokens(method("divprune"), 576, 64) == [64] * 6
+    staged = planned_tokens(method("pyramiddrop"), 576, 64)
+    assert staged[0] == 576 and sorted(staged, reverse=True) == staged and len(set(staged)) > 2
+
+
+def test_equal_budgets_are_equal_in_what_was_asked_for():
+    def budget(name, match):
+        return matched_budget(method(name), 576, 64, match, SIZES, num_text=16)
+
+    assert {budget(name, "kept") for name in METHODS} == {64}
+    assert budget("random", "layers") == budget("random", "flops") == 64
+    assert budget("divprune", "layers") == 235  # (2 * 576 + 4 * 64) / 6
+    reference = planned_tokens(method("random"), 576, 64)
+    for name in ("divprune", "pyramiddrop", "btp"):
+        layers = planned_tokens(method(name), 576, budget(name, "layers"))
+        assert sum(layers) == pytest.approx(sum(reference), abs=6)
+        flops = planned_tokens(method(name), 576, budget(name, "flops"))
+        costs = [SIZES.flops([16 + count for count in counts]) for counts in (flops, reference)]
+        assert costs[0] == pytest.approx(costs[1], rel=0.02)
+    assert budget("divprune", "flops") > budget("divprune", "layers")  # attention grows with the square
+
+
+def test_costs_by_hand():
+    # A layer: 2 * (4 * 2 + 4 * 2 ... ) = 2 * (2*2 + 2*2 + 3*3) = 34 weights; attention 2 n^2 * 2.
+    sizes = DecoderSizes(hidden=2, vocabulary=7, layers=(LAYER,) * 2)
+    assert sizes.flops([3, 0.5]) == 2 * (3 * 34 + 2 * 9 * 2) + 2 * (0.5 * 34 + 2 * 0.25 * 2)
+    assert sizes.kv_bytes([3, 2], itemsize=4) == 2 * 2 * 4 * 5
+
+
+def test_a_difference_is_paired():
+    unpruned = {"read": "1111111111", "count": "1111100000"}
+    worse = {"read": "1111100000", "count": "1111100000"}
+    assert difference(worse, worse, unpruned) == (0, 0, 0)
+    middle, low, high = difference(worse, unpruned, unpruned)
+    assert middle == pytest.approx(-25) and low < middle < high <= 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs the comparison on a question of each type; gives its JSON and what was measured anew."""
+    output = tmp_path_factory.mktemp("compare") / "compare.json"
+
+    def run_with(*options: str) -> tuple[dict, list[str]]:
+        measured, evaluate = [], Comparison.evaluate
+
+        def counted(self, split, configuration):
+            measured.append(f"{split} {configuration.name}")
+            return evaluate(self, split, configuration)
+
+        fixed = ["compare.py", "--per-type", "1", "--splits", "test", "--output", str(output)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Comparison, "evaluate", counted)
+            patch.setattr(sys, "argv", [*fixed, *options])
+            compare.main()
+        return json.loads(output.read_text()), measured
+
+    return run_with
+
+
+@pytest.mark.once
+def test_a_run_measures_answers_costs_and_times_and_goes_on_where_it_stopped(run, capsys):
+    options = ("--methods", "vlm_pruner", "vlm_pruner:fine", "divprune", "--repeats", "1")
+    content, measured = run(*options, "--tokens", "64")
+    assert len(measured) == 5 and measured[0] == "test unpruned"
+    ours, before = content["results"]["test 64 vlm_pruner"], content["results"]["test 64 divprune"]
+    assert ours["tokens"] == [576, 576, 64, 64, 64, 64] and before["tokens"] == [64] * 6
+    assert {kind: len(outcome) for kind, outcome in ours["right"].items()} == dict.fromkeys(compare.QUESTION_TYPES, 1)
+    unpruned = content["results"]["test unpruned"]
+    assert unpruned["flops"] == 1 and unpruned["kv_bytes"] > ours["kv_bytes"] > before["kv_bytes"]
+    # LLaVA-1.5-7B at 64 of 576 tokens: 636 tokens of text and picture in 2 of 32 layers, 124 in the others.
+    assert ours["large_flops"] == pytest.approx((2 * 636 + 30 * 124) / (32 * 636), abs=0.02)
+    for times in content["times"].values():
+        assert 0 <= times["selection_s"] < times["prefill_s"]
+    assert content["times"]["unpruned"]["selection_s"] == 0 < content["times"]["64 vlm_pruner"]["selection_s"]
+
+    content, measured = run(*options, "--tokens", "64", "8")
+    assert [name.split(" ")[1] for name in measured] == ["vlm_pruner", "vlm_pruner", "divprune", "random"]
+    rows = rows_of(content, ["vlm_pruner", "vlm_pruner:fine", "divprune", "random"], "vlm_pruner")
+    assert [row["budget"] for row in rows] == ["all", *[64] * 4, *[8] * 4]
+    assert [row["method"] for row in rows if not row["against"]] == ["unpruned", "vlm_pruner", "vlm_pruner"]
+    assert rows[0]["test [95 %]"] == "100.0 [100.0, 100.0]"
+
+    with pytest.raises(SystemExit):
+        run(*options, "--per-type", "2")
+    assert "has other questions of test. Give the same --per-type" in capsys.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tokens", "576"), "--tokens must be from 1 to 575"),
+        (("--methods", "vlm_pruner:coarse"), "pruning_preset must be one of"),
+        (("--methods", "divprune,threshold=1"), "pruning_threshold is set to 1, but pruning_method is 'divprune'"),
+    ],
+    ids=["tokens", "preset", "parameter"],
+)
+def test_a_bad_option_is_named(run, capsys, options, said):
+    with pytest.raises(SystemExit):
+        run("--repeats", "0", *options)
+    assert said in capsys.readouterr().err
