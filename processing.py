@@ -521,6 +521,14 @@ class VLMPrunerQwen3VLProcessor(QwenDrawMixin, Qwen3VLProcessor):
     """The processor of Qwen3-VL with `draw_kept_tokens`."""
 
 
+class VLMPrunerQwen3_5Processor(QwenDrawMixin, Qwen3VLProcessor):
+    """The processor of Qwen3.5, which is Qwen3-VL's, with `draw_kept_tokens`."""
+
+
+class VLMPrunerQwen3_5MoeProcessor(QwenDrawMixin, Qwen3VLProcessor):
+    """The processor of Qwen3.5 with experts, which is Qwen3-VL's, with `draw_kept_tokens`."""
+
+
 __all__ = [
     "VLMPrunerLlavaNextProcessor",
     "VLMPrunerLlavaOnevisionProcessor",
@@ -528,4 +536,6 @@ __all__ = [
     "VLMPrunerQwen2VLProcessor",
     "VLMPrunerQwen2_5_VLProcessor",
     "VLMPrunerQwen3VLProcessor",
+    "VLMPrunerQwen3_5MoeProcessor",
+    "VLMPrunerQwen3_5Processor",
 ]

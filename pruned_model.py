@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
@@ -222,12 +223,19 @@ class PrunedModelMixin:
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
-            self.language_model, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
+            self.language_model,
+            settings,
+            cache,
+            attention_mask,
+            position_ids,
+            visuals,
+            request.num_outputs,
+            inputs_embeds.shape[1],
         )
         plan.deepstack = self.deepstack(encoded, visuals)
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if plan.layer == 0 else stock_mask(attention_mask),  # of which no layer would use it
+            attention_mask=None if plan.is_below_all_keys else stock_mask(attention_mask),
             position_ids=position_ids,
             pruning_plan=plan,
             **stock_inputs,
@@ -538,7 +546,7 @@ class PrunedForConditionalGenerationMixin:
                 inputs_embeds=inputs_embeds,
                 attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
                 position_ids=None,
-                layer_idx=mask_layer(state.layer),
+                layer_idx=mask_layer(cache, state.layer),
                 **{CACHE_NAME: cache},
             )
             for state in states
@@ -571,7 +579,9 @@ def pruned_forward(stock_class: type) -> Callable:
     """The `forward` of a stock generating class that also takes `pruning_ratio`.
 
     What was kept is an attribute `pruning_record` of the outputs and none of their items, which are tensors as the stock
-    class's. Labels that a dropped token would have to predict do not count in the loss.
+    class's. Labels that a dropped token would have to predict do not count in the loss. Of a model with experts,
+    `router_logits` have the stock class's shape, [batch * length, num_experts] for each layer, and are zero where a token was
+    dropped; `aux_loss` counts the tokens that each layer routed, padding apart.
     """
     stock_forward = stock_class.forward
     parameters = list(inspect.signature(stock_forward).parameters.values())
@@ -590,12 +600,29 @@ def pruned_forward(stock_class: type) -> Callable:
             options = {name: value for name, value in kwargs.items() if name not in names}
             loss = supervised_loss(self, outputs.logits, labels, request.dropped, logits_to_keep, options)
             outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
+        if getattr(outputs, "aux_loss", None) is not None:
+            add_balancing_loss(self, outputs, request.plan, sys.modules[stock_class.__module__])
         outputs.pruning_record = request.record
         return outputs
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__
     return forward
+
+
+def add_balancing_loss(model, outputs, plan: PruningPlan | None, stock_module) -> None:
+    """Let `aux_loss` of the outputs count what was routed, and add it to their loss as the stock class does.
+
+    Args:
+        stock_module: the module of the stock class, with its `load_balancing_loss_func`.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if plan is not None and plan.packing is not None:
+        routed = plan.routed(outputs.router_logits)
+        balance = stock_module.load_balancing_loss_func
+        outputs["aux_loss"] = balance(routed, config.num_experts, config.num_experts_per_tok)
+    if outputs.loss is not None:
+        outputs["loss"] = outputs.loss + config.router_aux_loss_coef * outputs.aux_loss.to(outputs.loss.device)
 
 
 def supervised_loss(

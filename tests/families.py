@@ -26,7 +26,8 @@ class Family:
     """One family: `checkpoint` in tests/data/checkpoints, the stock class, ours as `module.Name`, and its processor.
 
     `tile` is the side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of
-    tokens of an image.
+    tokens of an image. `layer` is the pruning layer; `is_hybrid` says that some layers have a recurrent state, not keys.
+    `tolerance` is what float32 may leave between logits that are equal by right, more where layers are more.
     """
 
     name: str
@@ -34,6 +35,9 @@ class Family:
     pruned: str
     processor: str
     tile: int | None = None
+    layer: int = 2
+    is_hybrid: bool = False
+    tolerance: float = 1e-4
 
     @property
     def checkpoint(self) -> Path:
@@ -92,6 +96,24 @@ FAMILIES = {
             stock="Qwen3VLForConditionalGeneration",
             pruned="modeling_vlmpruner_qwen3vl.VLMPrunerQwen3VLForConditionalGeneration",
             processor="processing.VLMPrunerQwen3VLProcessor",
+        ),
+        Family(
+            name="qwen3_5",
+            stock="Qwen3_5ForConditionalGeneration",
+            pruned="modeling_vlmpruner_qwen3_5.VLMPrunerQwen3_5ForConditionalGeneration",
+            processor="processing.VLMPrunerQwen3_5Processor",
+            layer=4,
+            is_hybrid=True,
+            tolerance=1e-3,
+        ),
+        Family(
+            name="qwen3_5_moe",
+            stock="Qwen3_5MoeForConditionalGeneration",
+            pruned="modeling_vlmpruner_qwen3_5.VLMPrunerQwen3_5MoeForConditionalGeneration",
+            processor="processing.VLMPrunerQwen3_5MoeProcessor",
+            layer=4,
+            is_hybrid=True,
+            tolerance=1e-3,
         ),
     )
 }
@@ -190,14 +212,15 @@ def clip(seed: int, num_frames: int, width: int = 160, height: int = 120) -> np.
 
 
 def states_before_pruning(family, inputs):
-    """The input of decoder layer 2 and the keys of layer 1, of a request of one row. [length, hidden], [heads, length, dim]"""
-    model, cache, captured = load_stock(family), DynamicCache(), {}
-    layer = model.model.language_model.layers[2]
+    """The input of the pruning layer, [length, hidden], and the keys of the layer below, [heads, length, dim], of a request of
+    one row."""
+    model, captured = load_stock(family), {}
+    cache, layer = DynamicCache(config=model.config), model.model.language_model.layers[family.layer]
     hook = layer.register_forward_pre_hook(lambda module, args: captured.update(states=args[0]))
     with torch.no_grad():
         model(**inputs, **{CACHE_NAME: cache})
     hook.remove()
-    return captured["states"][0], cache.layers[1].keys[0]
+    return captured["states"][0], cache.layers[family.layer - 1].keys[0]
 
 
 def assert_selected_alone(family, inputs, record):

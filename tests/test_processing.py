@@ -139,6 +139,8 @@ GRIDS = {
     "qwen2_vl": {(640, 480): [(13, 18)], (300, 500): [(18, 11)]},
     "qwen2_5_vl": {(640, 480): [(13, 18)], (300, 500): [(18, 11)]},
     "qwen3_vl": {(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
+    "qwen3_5": {(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
+    "qwen3_5_moe": {(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
 }
 
 
@@ -349,6 +351,8 @@ OPTIONS = {
     "qwen2_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
     "qwen2_5_vl": [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}],
     "qwen3_vl": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen3_5": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
+    "qwen3_5_moe": [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}],
 }
 
 
@@ -417,7 +421,7 @@ def test_every_form_of_several_pictures(family):
         assert_same(processor.draw_kept_tokens(form(arrays), record), expected, levels=1)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 @pytest.mark.parametrize("options", [{}, {"do_normalize": False}])
 def test_images_and_videos_from_inputs(name, options):
     family = FAMILIES[name]
