@@ -34,6 +34,8 @@ from transformers import (
     LlavaOnevisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
@@ -106,7 +108,8 @@ class PruningConfig(method_keys()):
             Where a method prunes in several stages, it is the mean over the layers from its first stage on.
         pruning_layer (`int`): zero-based decoder layer at whose input tokens leave, from 1 (selection needs the keys of the
             layer before) to `num_hidden_layers - 1`, for a method that prunes at one layer inside the decoder. Others have
-            layers of their own.
+            layers of their own. In a hybrid decoder, of linear and full attention, the layer before must be one of full
+            attention where the method looks at its keys; `None` is the first such layer, 4 in Qwen3.5.
         pruning_positions (`str`): `"original"`, kept tokens and what follows keep the positions of the full sequence; or
             `"packed"`, the layers that hold fewer tokens count these alone, as some authors do. Not for M-RoPE, whose positions
             are places on a grid.
@@ -139,6 +142,8 @@ class PruningConfig(method_keys()):
             known = [field.name for field in fields(PruningConfig)]
             raise ValueError(f"Unknown config key {', '.join(unknown)}. The keys that start with `pruning_` are {known}.")
         super().__post_init__(**kwargs)
+        if self.pruning_layer is None:
+            self.pruning_layer = next(iter(layers_above_keys(self.get_text_config(decoder=True))), 1)
         self.auto_map = dict(self.auto_map_targets)
         self.validate_pruning()
 
@@ -270,18 +275,57 @@ class PruningConfig(method_keys()):
                 f"pruning_positions='packed' counts tokens one by one, but positions of this {text_config.model_type} model "
                 "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
             )
-        first = self._method().stage_layers()[0]
+        method = self._method()
+        layers, layer_types = method.stage_layers(), layer_types_of(text_config)
         window = getattr(text_config, "sliding_window", None)
-        layer_types = getattr(text_config, "layer_types", None)
-        if layer_types is None:
-            layer_types = ["full_attention" if window is None else "sliding_attention"] * text_config.num_hidden_layers
-        for layer, layer_type in enumerate(layer_types[first:], start=first):
-            if layer_type != "full_attention":
+        for layer, layer_type in enumerate(layer_types[layers[0] :], start=layers[0]):
+            if layer_type not in ("full_attention", "linear_attention"):
                 raise ValueError(
                     f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (window {window}), but "
-                    f"pruning with {self.pruning_method} at layer {first} needs full_attention in that layer and all above: a "
-                    "window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above that layer."
+                    f"pruning with {self.pruning_method} at layer {layers[0]} needs full_attention in that layer and all "
+                    "above: a window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above "
+                    "that layer."
                 )
+        if "linear_attention" in layer_types:
+            self._refuse_layers_of_a_hybrid(method, layer_types)
+
+    def _refuse_layers_of_a_hybrid(self, method: PruningMethod, layer_types: list[str]):
+        """Raise a ValueError where a method looks at what a layer of linear attention does not have."""
+        layers = method.stage_layers()
+        full = [layer for layer, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+
+        def lacks(layer: int) -> str | None:
+            if method.looks_at & {"keys", "attention"} and layer > 0 and layer - 1 not in full:
+                return f"the keys of layer {layer - 1}"
+            if "own_attention" in method.looks_at and layer not in full:
+                return f"the attention of layer {layer}"
+            return f"a layer with keys from layer {layer} on" if layer > max(full, default=-1) else None
+
+        if lacking := next(filter(None, map(lacks, layers)), None):
+            own = type(method).stage_layers is not PruningMethod.stage_layers
+            where = f"layers {list(layers)}" if own else f"pruning_layer={layers[0]}"
+            legal = [layer for layer in range(1, len(layer_types)) if lacks(layer) is None]
+            decoder = self.get_text_config(decoder=True).model_type
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} prunes at {where} and needs {lacking}, but in this {decoder} model "
+                f"layers of linear_attention have none. It could prune at {legal}. Choose another "
+                f"{'pruning_method' if own else 'pruning_layer'}, or set pruning_ratio to 0."
+            )
+
+
+def layer_types_of(text_config) -> list[str]:
+    """Of each decoder layer "full_attention", "linear_attention" (which has a recurrent state and no keys), or another."""
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is None:
+        window = getattr(text_config, "sliding_window", None)
+        layer_types = ["full_attention" if window is None else "sliding_attention"] * text_config.num_hidden_layers
+    return list(layer_types)
+
+
+def layers_above_keys(text_config) -> list[int]:
+    """The decoder layers, from 1 on, whose layer below has keys."""
+    layer_types = layer_types_of(text_config)
+    return [layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"]
 
 
 def is_count(value) -> bool:
@@ -483,6 +527,26 @@ class VLMPrunerGlm46VConfig(PruningConfig, Glm46VConfig):
     model_type = "vlmpruner_glm46v"
     base_model_type = "glm46v"
     auto_map_targets = auto_map("Glm46V", "modeling_vlmpruner_glm4v")
+
+
+@strict
+class VLMPrunerQwen3_5Config(PruningConfig, Qwen3_5Config):
+    """Qwen3.5 with pruning. See `PruningConfig` for the keys that this adds to `Qwen3_5Config`."""
+
+    pruning_layer: int | None = None
+    model_type = "vlmpruner_qwen3_5"
+    base_model_type = "qwen3_5"
+    auto_map_targets = auto_map("Qwen3_5", "modeling_vlmpruner_qwen3_5")
+
+
+@strict
+class VLMPrunerQwen3_5MoeConfig(PruningConfig, Qwen3_5MoeConfig):
+    """Qwen3.5 with experts, with pruning. See `PruningConfig` for the keys that this adds to `Qwen3_5MoeConfig`."""
+
+    pruning_layer: int | None = None
+    model_type = "vlmpruner_qwen3_5_moe"
+    base_model_type = "qwen3_5_moe"
+    auto_map_targets = auto_map("Qwen3_5Moe", "modeling_vlmpruner_qwen3_5")
 
 
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.

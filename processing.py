@@ -606,4 +606,12 @@ class VLMPrunerGlm46VProcessor(QwenDrawMixin, Glm46VProcessor):
     """The processor of the GLM-4.6V models, of whichever model type, with `draw_kept_tokens`."""
 
 
+class VLMPrunerQwen3_5Processor(QwenDrawMixin, Qwen3VLProcessor):
+    """The processor of Qwen3.5, which is Qwen3-VL's, with `draw_kept_tokens`."""
+
+
+class VLMPrunerQwen3_5MoeProcessor(QwenDrawMixin, Qwen3VLProcessor):
+    """The processor of Qwen3.5 with experts, which is Qwen3-VL's, with `draw_kept_tokens`."""
+
+
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]

@@ -11,6 +11,7 @@ from functools import lru_cache, wraps
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -411,7 +412,7 @@ def _new_in_front(mixin: type, stock_class: type):
 
 
 class NotedLayerMixin(FollowingMixin):
-    """The first layer of a cache, pruned or not, whose tokens have `position_notes`."""
+    """The first layer of a cache, pruned or not, that counts tokens; they have `position_notes`."""
 
     name_prefix = "Noted"
     position_notes: PositionNotes
@@ -442,9 +443,10 @@ def position_notes(cache: Cache) -> PositionNotes:
     """The notes of a cache; new ones where it has none, which stay with it once it has layers."""
     if not cache.layers:
         return PositionNotes()
-    first = cache.layers[0]
+    number = counting_layer(cache, 0)
+    first = cache.layers[number]
     if not isinstance(first, NotedLayerMixin):
-        noted = cache.layers[0] = _new_in_front(NotedLayerMixin, type(first))
+        noted = cache.layers[number] = _new_in_front(NotedLayerMixin, type(first))
         noted.__dict__ = first.__dict__ | {"position_notes": PositionNotes()}
         return noted.position_notes
     return first.position_notes
@@ -453,8 +455,9 @@ def position_notes(cache: Cache) -> PositionNotes:
 class PrunedCacheMixin(FollowingMixin):
     """Put in front of a cache's class when some of its layers hold fewer tokens than the full sequence has.
 
-    `pruning_states` has a state for each stage, by its layer. The layers below the first hold all tokens. Where layer 0 is
-    pruned as well, `get_seq_length()` is still the length of the full sequence, which positions and masks count by.
+    `pruning_states` has a state for each stage, by its layer. The layers below the first hold all tokens. Where the first that
+    counts tokens is pruned as well, `get_seq_length()` is still the length of the full sequence, which positions and masks
+    count by. The layers of a hybrid decoder that have a recurrent state count none, and do what the stock cache's do.
     """
 
     name_prefix = "Pruned"
@@ -471,14 +474,21 @@ class PrunedCacheMixin(FollowingMixin):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = super().get_seq_length(layer_idx)
-        if layer_idx == 0 and 0 in self.pruning_states:
-            state = self.pruning_states[0]
+        if layer_idx == 0 and (stage := self._stage_of(counting_layer(self, 0))) is not None:
+            state = self.pruning_states[stage]
             length = length + (state.full_length - state.num_entries)
         return length
+
+    def _stage_of(self, layer_idx: int) -> int | None:
+        """The layer of the stage whose tokens layer `layer_idx` holds, None where it holds all."""
+        return max((layer for layer in self.pruning_states if layer <= layer_idx), default=None)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negated number of tokens to remove from a pruned cache, got {tokens_to_remove}.")
+        for cache_layer in self.layers:
+            if not isinstance(cache_layer, CacheLayerMixin) and not getattr(cache_layer, "record_past", True):
+                cache_layer.crop(tokens_to_remove)  # raises, before anything is changed: a recurrent state has no past
         full_length = int(self.get_seq_length())
         target = max(full_length + tokens_to_remove, 0)
         if target == full_length:
@@ -487,13 +497,12 @@ class PrunedCacheMixin(FollowingMixin):
         for state in states.values():
             state.check_crop(target)
         for layer, state in states.items():
-            removed_pruned[layer] = state.crop(target, int(self.layers[layer].get_seq_length()))
+            num_entries = int(self.layers[counting_layer(self, layer)].get_seq_length())
+            removed_pruned[layer] = state.crop(target, num_entries)
         for number, cache_layer in enumerate(self.layers):
-            stage = max((layer for layer in states if layer <= number), default=None)
-            if number == 0 and stage == 0 and isinstance(cache_layer, NotedLayerMixin):
-                cache_layer.crop(-removed_pruned[0], full_length=target)
-            else:
-                cache_layer.crop(-removed if stage is None else -removed_pruned[stage])
+            stage = self._stage_of(number)
+            options = {"full_length": target} if isinstance(cache_layer, NotedLayerMixin) else {}
+            cache_layer.crop(-removed if stage is None else -removed_pruned[stage], **options)
 
     def reset(self) -> None:
         super().reset()
@@ -543,9 +552,18 @@ def open_state(cache: Cache, layer: int) -> PrunedCacheState:
     return cache.pruning_states.setdefault(layer, PrunedCacheState(layer))
 
 
-def mask_layer(layer: int) -> int:
+def counting_layer(cache: Cache | None, layer: int) -> int:
+    """The first cache layer from `layer` on that counts tokens, as one with a recurrent state does not."""
+    layers = () if cache is None else cache.layers
+    for number in range(layer, len(layers)):
+        if isinstance(layers[number], CacheLayerMixin):
+            return number
+    return layer
+
+
+def mask_layer(cache: Cache | None, layer: int) -> int:
     """The cache layer whose length masks of a stage at `layer` are made by: that of layer 0 is given as the full one."""
-    return max(layer, 1)
+    return counting_layer(cache, max(layer, 1))
 
 
 def continued_padding_mask(
@@ -556,7 +574,7 @@ def continued_padding_mask(
     Raises:
         ValueError: if the caller's 2-D `attention_mask` does not cover the tokens since the last pruned call.
     """
-    kv_length, _ = cache.get_mask_sizes(length, mask_layer(state.layer))
+    kv_length, _ = cache.get_mask_sizes(length, mask_layer(cache, state.layer))
     if attention_mask is not None and not cache.is_compileable:
         needed = state.full_length + kv_length - state.num_entries
         if attention_mask.shape[1] != needed:

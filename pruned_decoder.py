@@ -10,7 +10,10 @@ Notable choices:
   in front is masked; padding of the input is dropped as well.
 - Layers above see `position_ids=None`. Their rotations are already in `position_embeddings`, and gaps in `position_ids`
   would make the FlashAttention path believe in packed sequences.
-- One mask serves all layers from the pruning layer on; it is sized by their own cache length (`layer_idx`).
+- One mask serves all layers from the pruning layer on; it is sized by their own cache length (`layer_idx`). In a hybrid
+  decoder it serves those of full attention; those of linear attention, which have a recurrent state in place of keys, get a 2-D
+  one, or run rows one by one where padding would stand between their tokens (`recurrent_rows.py`).
+- To a layer of linear attention kept tokens are neighbours: its convolution and its state go from one to the next.
 - What the host must know (where visual tokens lie, how many stay, what is padding) it learns when the plan is made, in one
   transfer, and the mask follows from it before the first layer. So on a GPU nothing waits at the pruning layer, unless the
   budget may stay unfilled (`fill_budget=False`).
@@ -27,7 +30,7 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from .configuration_vlmpruner import PruningSettings
+from .configuration_vlmpruner import PruningSettings, layer_types_of
 from .pruned_cache import (
     CACHE_NAME,
     PrunedCacheState,
@@ -40,6 +43,7 @@ from .pruned_cache import (
     state_of_layer,
 )
 from .pruning_method import StageTokens, TowerSignals
+from .recurrent_rows import row_runs
 from .token_pruning import Selection, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
@@ -365,13 +369,14 @@ class PruningStage:
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
         tokens, selection, packing: what it found, chose and where that goes, once it has run.
         layer_inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs.
+        counts: how many tokens of the call each row holds from it on.
     """
 
     def __init__(self, layer: int, earlier: "PruningStage | None", num_keep: Sequence[int] = (), prepared_mask=None):
         self.layer, self.earlier, self.num_keep, self.prepared_mask = layer, earlier, num_keep, prepared_mask
         self.keys = self.all_keys = self.query_inputs = None
         self.tokens = self.selection = self.packing = self.valid = self.padding_mask = self.mask = None
-        self.layer_inputs = self.layer_device = self.view = self._whole = None
+        self.layer_inputs = self.layer_device = self.view = self._whole = self.counts = None
 
     @property
     def whole_packing(self) -> Packing:
@@ -403,9 +408,11 @@ class PruningPlan:
         is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
         is_prompt_text: the same without those of images that are on no grid, and those after the prompt.
         prompt_ends: [batch] int64 on the host, the column of the last token of each row's prompt.
+        is_token: [batch, length] bool on the host, False at the call's padding; None where none is, or no layer asks.
 
     Attributes:
         layer: the first of the layers.
+        layer_types: of each decoder layer.
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
         question: what the caller gave as `pruning_question`.
@@ -425,10 +432,12 @@ class PruningPlan:
         is_text: torch.BoolTensor | None = None,
         is_prompt_text: torch.BoolTensor | None = None,
         prompt_ends: torch.LongTensor | None = None,
+        is_token: torch.BoolTensor | None = None,
     ):
         self.past_entries, self.is_prompt_text, self.prompt_ends = past_entries, is_prompt_text, prompt_ends
         self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
+        self.layer_types, self.is_token, self._linear_inputs = layer_types_of(self.config), is_token, {}
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
@@ -444,6 +453,11 @@ class PruningPlan:
     @property
     def layer(self) -> int:
         return self.stages[0].layer
+
+    @property
+    def is_below_all_keys(self) -> bool:
+        """Whether no layer below the first stage attends to keys, so none needs the decoder's own mask."""
+        return all(layer_type == "linear_attention" for layer_type in self.layer_types[: self.layer])
 
     @property
     def packing(self) -> Packing | None:
@@ -474,11 +488,28 @@ class PruningPlan:
                 stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
                 stage.layer_device = hidden_states.device
             inputs = inputs | stage.layer_inputs
+        if self.layer_types[layer_idx] == "linear_attention":
+            return hidden_states, inputs | self._inputs_of_linear(stage, hidden_states.device)
         if self.grids and (above := self._stage_at(layer_idx + 1)) is not None:
             if above.packing is None and "attention" in self.method.looks_at:
                 above.query_inputs = self._last_tokens(stage, hidden_states, inputs)
             inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), above)}
         return hidden_states, inputs
+
+    def _inputs_of_linear(self, stage: PruningStage | None, device: torch.device) -> dict:
+        """What a layer of linear attention gets in place of a causal mask, on tokens as `stage` left them."""
+        stage = stage if self.grids else None  # else what comes in is what every layer adds
+        if stage is None and self.is_token is None:
+            return {"attention_mask": None}
+        if (stage, device) not in self._linear_inputs:
+            is_token = self.is_token
+            if stage is not None:
+                longest = max(stage.counts)
+                is_token = torch.arange(longest) >= longest - torch.tensor(stage.counts)[:, None]
+            runs = row_runs(is_token, self.past_length > 0 or not self.grids, device)
+            mask = None if is_token is None or runs is not None else upload(is_token, device)
+            self._linear_inputs[stage, device] = {"attention_mask": mask, "row_runs": runs}
+        return self._linear_inputs[stage, device]
 
     def _stage_at(self, layer_idx: int) -> PruningStage | None:
         stage = self.stage_of(layer_idx)
@@ -497,7 +528,6 @@ class PruningPlan:
                     map(self.stage_of, range(-1, len(outputs.hidden_states) - 1)), outputs.hidden_states, strict=True
                 )
             )
-
         if outputs.get("router_logits") is not None:
             stages = map(self.stage_of, self._layers_with_router())
             outputs["router_logits"] = tuple(
@@ -625,10 +655,10 @@ class PruningPlan:
 
     def _make_mask(self, stage: PruningStage, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> None:
         """The mask of the layers from a stage on, whose rows will hold `counts` tokens of this call."""
-        packed, stage.valid = hidden_states[:, : max(counts)], self.stages[0].tokens.valid(counts)
+        packed, stage.valid, stage.counts = hidden_states[:, : max(counts)], self.stages[0].tokens.valid(counts), counts
         padding_mask = stage.valid
         if cache is not None:
-            kv_length, _ = cache.get_mask_sizes(packed.shape[1], mask_layer(stage.layer))
+            kv_length, _ = cache.get_mask_sizes(packed.shape[1], mask_layer(cache, stage.layer))
             state = state_of_layer(cache, stage.layer) or PrunedCacheState(stage.layer)
             padding_mask = state.padding_mask_with(stage.valid, packed, self.past_length, self.attention_mask, kv_length)
         stage.padding_mask = padding_mask
@@ -679,7 +709,7 @@ class PruningPlan:
             inputs_embeds=hidden_states,
             attention_mask=padding_mask,
             position_ids=None,
-            layer_idx=mask_layer(stage.layer),
+            layer_idx=mask_layer(cache, stage.layer),
             **{CACHE_NAME: cache},
         )
 
@@ -826,6 +856,8 @@ def projected(layer: nn.Module, name: str, hidden_states: torch.Tensor, embeddin
     attention = layer.self_attn
     states = getattr(attention, f"{name}_proj")(layer.input_layernorm(hidden_states))
     states = states.unflatten(-1, (-1, attention.head_dim))
+    if name == "q" and states.shape[-2] == 2 * attention.config.num_attention_heads:
+        states = states[..., ::2, :]  # each head's query is followed by a gate of its output
     if hasattr(attention, f"{name}_norm"):
         states = getattr(attention, f"{name}_norm")(states)
     states = states.transpose(1, 2)
@@ -852,6 +884,7 @@ def make_plan(
     position_ids: torch.Tensor | None,
     visuals: Sequence[VisualTokens],
     num_outputs: int = 0,
+    length: int | None = None,
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -863,18 +896,23 @@ def make_plan(
         position_ids: the caller's, if any.
         visuals: the images and videos among the new tokens.
         num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
+        length: number of the call's tokens.
 
     Raises:
         ValueError: for packed sequences, for a cache that was pruned at other layers, and what `visual_grids` raises.
     """
     states = pruning_states(cache)
     layers = [state.layer for state in states]
+    is_hybrid = "linear_attention" in layer_types_of(decoder.config)
     if settings is None or not visuals:
         if not states:
             raise ValueError("Nothing to plan: no visual tokens to prune and no pruned cache.")
         prepared = attention_mask if isinstance(attention_mask, dict) else {}
         masks = {layer: prepared[f"{PRUNED_MASK}{layer}"] for layer in layers if f"{PRUNED_MASK}{layer}" in prepared}
-        return PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks)
+        is_token = None
+        if is_hybrid and length > 1 and isinstance(attention_mask, torch.Tensor):
+            is_token = attention_mask[:, -length:].cpu() != 0
+        return PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks, is_token=is_token)
     new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
     if states and layers != new_layers:
         raise ValueError(
@@ -919,6 +957,7 @@ def make_plan(
         is_text=is_text,
         is_prompt_text=is_prompt_text,
         prompt_ends=prompt_ends,
+        is_token=attention_mask[:, -length:] if is_hybrid and attention_mask is not None else None,
     )
     if grids:
         plan.prepare(device)
@@ -974,13 +1013,18 @@ class PrunedLayerMixin:
 
     def __call__(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
         if pruning_plan is not None:  # here, outside of what gradient checkpointing runs again
-            hidden_states = pruning_plan.add_deepstack(self.self_attn.layer_idx, hidden_states)
+            hidden_states = pruning_plan.add_deepstack(layer_index(self), hidden_states)
         return super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
         if pruning_plan is not None:
-            hidden_states, kwargs = pruning_plan.before_layer(self.self_attn.layer_idx, hidden_states, kwargs)
+            hidden_states, kwargs = pruning_plan.before_layer(layer_index(self), hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
+
+
+def layer_index(layer: nn.Module) -> int:
+    """Which one of its decoder's layers a layer is."""
+    return (layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn).layer_idx
 
 
 def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> None:
@@ -989,7 +1033,8 @@ def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) 
     Args:
         layer_classes: each a subclass, by `PrunedLayerMixin` in front, of a layer class whose layers hand keywords on, and
             whose attention calls `update` of the cache once with keys after RoPE. A subclass has the name of its stock class,
-            by which FSDP and `device_map` look for layers.
+            by which FSDP and `device_map` look for layers. One of a hybrid decoder names in `linear_attention_class` the class
+            of its linear attention with `RecurrentRowsMixin` in front.
 
     Raises:
         ValueError: for a decoder of other layers.
@@ -1002,3 +1047,5 @@ def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) 
                 f"Language models of type {decoder.config.model_type!r} are not supported. Supported: {supported}."
             )
         layer.__class__ = pruned_class_of[type(layer)]
+        if hasattr(layer, "linear_attn"):
+            layer.linear_attn.__class__ = layer.linear_attention_class

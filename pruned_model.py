@@ -252,12 +252,19 @@ class PrunedModelMixin:
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
-            self.language_model, settings, cache, attention_mask, position_ids, visuals, request.num_outputs
+            self.language_model,
+            settings,
+            cache,
+            attention_mask,
+            position_ids,
+            visuals,
+            request.num_outputs,
+            inputs_embeds.shape[1],
         )
         plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if plan.layer == 0 else stock_mask(attention_mask),  # of which no layer would use it
+            attention_mask=None if plan.is_below_all_keys else stock_mask(attention_mask),
             position_ids=position_ids,
             pruning_plan=plan,
             **stock_inputs,
@@ -594,7 +601,7 @@ class PrunedForConditionalGenerationMixin:
                 inputs_embeds=inputs_embeds,
                 attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
                 position_ids=None,
-                layer_idx=mask_layer(state.layer),
+                layer_idx=mask_layer(cache, state.layer),
                 **{CACHE_NAME: cache},
             )
             for state in states

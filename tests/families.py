@@ -33,6 +33,9 @@ class Family:
         like: the family whose code it shares, all but what its config decides. `test_families.py` says what that means.
         tile: side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of tokens
             of an image.
+        layer: the pruning layer.
+        is_hybrid: whether some layers have a recurrent state, not keys.
+        tolerance: what float32 may leave between logits that are equal by right, more where layers are more.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Family:
     options: list[dict]
     like: str | None = None
     tile: int | None = None
+    layer: int = 2
+    is_hybrid: bool = False
+    tolerance: float = 1e-4
 
     @property
     def checkpoint(self) -> Path:
@@ -106,6 +112,16 @@ FAMILIES = {
         Family(name="glm4v", grids=GLM_GRIDS, options=GLM_OPTIONS),
         Family(name="glm4v_moe", grids=GLM_GRIDS, options=GLM_OPTIONS, like="glm4v"),
         Family(name="glm46v", grids=GLM_GRIDS, options=GLM_OPTIONS, like="glm4v"),
+        Family(name="qwen3_5", grids=QWEN3_GRIDS, options=QWEN3_OPTIONS, layer=4, is_hybrid=True, tolerance=1e-3),
+        Family(
+            name="qwen3_5_moe",
+            grids=QWEN3_GRIDS,
+            options=QWEN3_OPTIONS,
+            like="qwen3_5",
+            layer=4,
+            is_hybrid=True,
+            tolerance=1e-3,
+        ),
     )
 }
 
@@ -204,14 +220,15 @@ def clip(seed: int, num_frames: int, width: int = 160, height: int = 120) -> np.
 
 
 def states_before_pruning(family, inputs):
-    """The input of decoder layer 2 and the keys of layer 1, of a request of one row. [length, hidden], [heads, length, dim]"""
-    model, cache, captured = load_stock(family), DynamicCache(), {}
-    layer = model.model.language_model.layers[2]
+    """The input of the pruning layer, [length, hidden], and the keys of the layer below, [heads, length, dim], of a request of
+    one row."""
+    model, captured = load_stock(family), {}
+    cache, layer = DynamicCache(config=model.config), model.model.language_model.layers[family.layer]
     hook = layer.register_forward_pre_hook(lambda module, args: captured.update(states=args[0]))
     with torch.no_grad():
         model(**inputs, **{CACHE_NAME: cache})
     hook.remove()
-    return captured["states"][0], cache.layers[1].keys[0]
+    return captured["states"][0], cache.layers[family.layer - 1].keys[0]
 
 
 def assert_selected_alone(family, inputs, record):

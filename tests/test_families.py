@@ -8,6 +8,7 @@ other files too.
 
 import copy
 import inspect
+import re
 import threading
 import warnings
 
@@ -17,7 +18,7 @@ import transformers
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.token_pruning import aggregate_tokens, select_tokens
@@ -29,7 +30,8 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
-def family(request):
+def family(request, monkeypatch):
+    monkeypatch.setitem(CLOSE, "atol", request.param.tolerance)
     return request.param
 
 
@@ -46,6 +48,16 @@ def rows():
         ([picture(1)], "What is in the picture?"),
         ([picture(2), picture(3, 200, 300), picture(4, 500, 200)], "Which one?"),
     ]
+
+
+def needs_crop(family):
+    if family.is_hybrid:
+        pytest.skip("a recurrent state can not be cropped, nor its rows copied: test_qwen3_5.py has that refused")
+
+
+def lengths_of(cache):
+    """Number of tokens of each layer of a cache that counts them, by its number."""
+    return {number: layer.get_seq_length() for number, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)}
 
 
 def generate(model, inputs, **kwargs):
@@ -136,7 +148,8 @@ def test_a_cache_may_come_under_its_old_name(family, one_image):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 part(**tokens, past_key_values=cache)
-            assert cache.get_seq_length() == tokens["input_ids"].shape[1] > cache.get_seq_length(2)
+            lengths = lengths_of(cache)
+            assert cache.get_seq_length() == tokens["input_ids"].shape[1] > lengths[max(lengths)]
             if CACHE_NAME != "cache":  # as the stock class takes anything, it would be lost without a word
                 with pytest.raises(ValueError, match="Pass a cache as `past_key_values`"):
                     part(**tokens, cache=cache)
@@ -153,10 +166,11 @@ def test_pruning_shortens_the_cache_from_its_layer_on(family, one_image):
     for image in record:
         assert image.num_kept == max(1, round(image.num_visual * (1 - RATIO))) == len(set(image.kept.tolist()))
         assert sorted(image.order.tolist()) == image.kept.tolist()
-    lengths = [layer.keys.shape[2] for layer in cache_of(outputs).layers]
     full = one_image["input_ids"].shape[1]
     pruned = full - record.num_visual + record.num_kept
-    assert lengths == [full] * 2 + [pruned] * (len(lengths) - 2)
+    lengths = lengths_of(cache_of(outputs))
+    assert lengths == {number: full if number < family.layer else pruned for number in lengths}
+    assert set(lengths.values()) == {full, pruned}
     assert kept_sets(cache_of(outputs).pruning_record) == kept_sets(record)
     assert outputs.logits.shape[:2] == one_image["input_ids"].shape
 
@@ -173,7 +187,7 @@ def test_dropped_tokens_are_zero_and_kept_ones_are_in_place(family, one_image):
     for number, states in enumerate(outputs.hidden_states):
         is_zero = (states[0] == 0).all(-1)
         assert states.shape[:2] == one_image["input_ids"].shape
-        assert torch.equal(is_zero, ~kept if number > 2 else torch.zeros_like(kept))
+        assert torch.equal(is_zero, ~kept if number > family.layer else torch.zeros_like(kept))
 
 
 def test_logits_to_keep(family, one_image):
@@ -188,8 +202,9 @@ def test_attentions_have_the_length_of_their_layer(family, one_image):
     with torch.no_grad():
         outputs = model(**one_image, output_attentions=True)
     pruned = one_image["input_ids"].shape[1] - outputs.pruning_record.num_visual + outputs.pruning_record.num_kept
-    for layer, attentions in enumerate(outputs.attentions):
-        length = one_image["input_ids"].shape[1] if layer < 2 else pruned
+    layers = lengths_of(cache_of(outputs))
+    for layer, attentions in zip(layers, outputs.attentions, strict=True):
+        length = one_image["input_ids"].shape[1] if layer < family.layer else pruned
         assert attentions.shape[-2:] == (length, length)
 
 
@@ -305,6 +320,7 @@ def test_rows_that_end_with_an_image_equal_single_rows(family):
 
 def test_speculative_decoding_after_an_image_equals_greedy(family):
     """The first forward has drafted text behind the prompt: the output at the prompt's end decides on it."""
+    needs_crop(family)
     model, inputs = load_pruned(family), ends_with_image(family, [picture(1)])
     greedy = generate(model, inputs, max_new_tokens=8).sequences
     drafted = generate(model, inputs, max_new_tokens=8, assistant_model=load_stock(family)).sequences
@@ -338,11 +354,11 @@ def forward_by_hand(family, inputs, record):
     cos, sin = decoder.rotary_emb(hidden, positions[-3:] if positions.ndim == 3 else positions)
     columns, cache = torch.arange(length), DynamicCache(config=decoder.config)
     for number, layer in enumerate(decoder.layers):
-        if number == 2:
+        if number == family.layer:
             kept = torch.ones(length, dtype=torch.bool)
             merged_at = []
             for image in record:
-                keys = cache.layers[1].keys[0][:, image.positions]
+                keys = cache.layers[number - 1].keys[0][:, image.positions]
                 states = hidden[0, image.positions]
                 required = image.num_visual - 1 if image.positions[-1] == length - 1 else None
                 selection = select_tokens(states, keys, image.grid, image.num_kept, required=required)
@@ -356,6 +372,8 @@ def forward_by_hand(family, inputs, record):
             columns = kept.nonzero()[:, 0]
             hidden, cos, sin = hidden[:, columns], cos[:, columns], sin[:, columns]
         mask = torch.full((len(columns), len(columns)), float("-inf")).triu(1)[None, None]
+        if getattr(layer, "block_type", None) == "linear_attention":
+            mask = None  # one row has no padding
         hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), **{CACHE_NAME: cache})
         deepstack = given.get("deepstack_visual_embeds") or []
         if number < len(deepstack):
@@ -412,6 +430,7 @@ def test_compiled_decoding_is_one_graph_for_all_steps_and_requests(family, rows)
 
 
 def test_a_prefilled_cache_can_be_copied_and_used_twice(family, one_image):
+    needs_crop(family)
     model = load_pruned(family)
     reference = generate(model, one_image)
     with torch.no_grad():
@@ -432,6 +451,8 @@ def extra_inputs(inputs):
 @pytest.mark.parametrize("change", ["select", "reorder", "repeat"])
 def test_rows_of_a_cache_take_their_state_along(family, rows, change, ratio):
     """Pruned or not: the M-RoPE positions of Qwen models are with the cache in either case."""
+    if change != "reorder":
+        needs_crop(family)
     model = load_pruned(family, pruning_ratio=ratio)
     inputs = make_inputs(family, rows)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
@@ -462,6 +483,7 @@ def test_rows_of_a_cache_take_their_state_along(family, rows, change, ratio):
 
 @pytest.mark.parametrize("ratio", [RATIO, 0.0])
 def test_beams_on_a_repeated_prefilled_cache(family, one_image, ratio):
+    needs_crop(family)
     model = load_pruned(family, pruning_ratio=ratio)
     with torch.no_grad():
         cache = cache_of(model(**one_image, use_cache=True))
@@ -475,8 +497,10 @@ def test_beams_on_a_repeated_prefilled_cache(family, one_image, ratio):
 
 @pytest.mark.parametrize("ratio", [RATIO, 0.0])
 def test_a_reset_cache_is_as_a_new_one(family, one_image, ratio):
-    model, other = load_pruned(family, pruning_ratio=ratio), make_inputs(family, [([picture(5, 300, 200)], "Who?")] * 2)
-    token = {"input_ids": torch.full((2, 1), 9)}
+    num_rows = 1 if family.is_hybrid else 2  # an emptied recurrent state keeps its size
+    rows = [([picture(5, 300, 200)], "Who?")] * num_rows
+    model, other = load_pruned(family, pruning_ratio=ratio), make_inputs(family, rows)
+    token = {"input_ids": torch.full((num_rows, 1), 9)}
     with torch.no_grad():
         cache = cache_of(model(**one_image, use_cache=True))
         cache.reset()
@@ -525,6 +549,7 @@ def test_one_beam_of_many_is_no_other_request(family, rows):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
 def test_speculative_decoding_equals_greedy(family, one_image, mode, cache):
+    needs_crop(family)
     if cache == "static" and not StaticLayer.is_croppable:
         pytest.skip("before transformers 5.24, speculative decoding refuses a static cache")
     model = load_pruned(family)
@@ -670,6 +695,7 @@ def test_padding_of_every_turn_stays_masked(family):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_crop_back_into_generated_text_and_over_an_image(family, kind):
+    needs_crop(family)
     if kind == "static" and not StaticLayer.is_croppable:
         pytest.skip("before transformers 5.24, a static cache can not be cropped")
     model = load_pruned(family)
@@ -743,9 +769,11 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
         assert kept_sets(cache_of(generate(model, one_image, pruning_ratio=0.5)).pruning_record) == kept_sets(half)
         model.config.pruning_ratio = 0.5
         assert kept_sets(model(**one_image).pruning_record) == kept_sets(half)
-        model.config.pruning_layer = 1
-        lengths = [layer.keys.shape[2] for layer in cache_of(model(**one_image, use_cache=True)).layers]
-        assert lengths[0] > lengths[1] == lengths[2]
+        model.config.pruning_method, model.config.pruning_layer = "random", 1
+        lengths = lengths_of(cache_of(model(**one_image, use_cache=True)))
+        full = one_image["input_ids"].shape[1]
+        assert all((length == full) == (number < 1) for number, length in lengths.items())
+        model.config.pruning_method, model.config.pruning_layer = "vlm_pruner", family.layer
         for bad in (1.0, -0.1, float("nan"), "0.5", True):
             with pytest.raises(ValueError, match=r"pruning_ratio must be a number in \[0, 1\)"):
                 model(**one_image, pruning_ratio=bad)
@@ -818,7 +846,7 @@ def test_loss_and_gradient_with_and_without_checkpointing(family, rows):
         assert other.keys() == gradients[0].keys()
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(
-                other[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                other[name], gradient, rtol=1e-4, atol=family.tolerance / 100, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
@@ -885,7 +913,7 @@ def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path
     }
     device_map = {name: place for name, place in device_map.items() if not name.startswith(f"{layers}.")}
     num_layers = load_pruned(family).config.get_text_config().num_hidden_layers
-    device_map |= {f"{layers}.{layer}": "cpu" if layer < 2 else device for layer in range(num_layers)}
+    device_map |= {f"{layers}.{layer}": "cpu" if layer < family.layer else device for layer in range(num_layers)}
     model = family.pruned_class.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
     )
@@ -937,14 +965,15 @@ def test_a_missing_weight_fails(family, tmp_path):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tmp_path / "model.safetensors")
-    dropped = next(name for name in weights if "layers.1.self_attn.q_proj.weight" in name)
+    lacking = f"layers.{family.layer - 1}.self_attn.q_proj.weight"
+    dropped = next(name for name in weights if lacking in name)
     del weights[dropped]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the weights.*layers\.1\.self_attn\.q_proj\.weight"):
+    with pytest.raises(ValueError, match=rf"lacks 1 of the weights.*{re.escape(lacking)}"):
         family.pruned_class.from_pretrained(tmp_path)
     _, info = family.pruned_class.from_pretrained(tmp_path, output_loading_info=True)
     (missing,) = info["missing_keys"]
-    assert missing.endswith("layers.1.self_attn.q_proj.weight")
+    assert missing.endswith(lacking)
 
 
 # Wrong input
@@ -1039,6 +1068,6 @@ def test_a_cache_pruned_at_another_layer_is_refused(family, one_image):
     model = copy.deepcopy(load_pruned(family))
     with torch.no_grad():
         cache = cache_of(model(**one_image, use_cache=True))
-        model.config.pruning_layer = 1
-        with pytest.raises(ValueError, match=r"pruning_layer=2.*pruning_layer=1"):
+        model.config.pruning_method, model.config.pruning_layer = "random", 1
+        with pytest.raises(ValueError, match=rf"pruning_layer={family.layer}.*pruning_layer=1"):
             model(**later_turn(one_image, one_image), **{CACHE_NAME: cache})

@@ -159,6 +159,8 @@ def test_positions_of_a_request_do_not_depend_on_another(family):
 
 
 def test_cropping_an_image_away_restores_the_positions(family):
+    if family.is_hybrid:
+        pytest.skip("a recurrent state can not be cropped")
     model = load_pruned(family)
     first, second = (
         make_inputs(family, [([picture(seed, *size)], "What?")]) for seed, size in ((1, (120, 90)), (2, (420, 380)))
