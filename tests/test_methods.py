@@ -33,6 +33,7 @@ from transformers import DynamicCache
 
 from vlmpruner import pruning_methods, tower_signals
 from vlmpruner.configuration_vlmpruner import PruningConfig
+from vlmpruner.modeling_vlmpruner_qwen2vl import PrunedQwenModelMixin
 from vlmpruner.pruned_cache import CACHE_NAME, PruningRecord, cache_of
 from vlmpruner.pruned_model import PrunedModelMixin
 from vlmpruner.pruning_methods import METHODS
@@ -174,7 +175,7 @@ def by_hand(family, name, inputs, model, record):
                     )
                     if tower is not None:
                         facts.tower_attention, facts.tower_states, facts.tower_keys = tower[index]
-                        facts.tower_has_class_token = family.name in ("llava", "llava_next")
+                        facts.tower_has_class_token = load_pruned(family).config.vision_config.model_type == "clip_vision_model"
                     if number > 0:
                         keys = cache.layers[number - 1].keys[0]
                         facts.keys, facts.text_keys = array(keys[:, at]), array(keys[:, text])
@@ -216,7 +217,8 @@ def tower_by_hand(family, inputs, record):
     """What the eager tower attends to, its states and keys, [num_visual, ...] of each grid; and the projector, or None where
     the tower merges patches."""
     model = load_stock(family, attn="eager").model
-    by_hand = merging_tower_by_hand if "qwen" in family.name else llava_tower_by_hand
+    merges = issubclass(family.model_class, PrunedQwenModelMixin)
+    by_hand = merging_tower_by_hand if merges else llava_tower_by_hand
     with torch.no_grad():
         return by_hand(model, inputs, record)
 
