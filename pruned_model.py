@@ -10,6 +10,7 @@ from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -395,8 +396,14 @@ class PrunedForConditionalGenerationMixin:
         """Asked by engines that run a decoder's layers in a loop of their own, where nothing would be pruned.
 
         Raises:
-            ValueError: always. It says how to serve the model pruned.
+            ValueError: always. It says how to serve the model pruned, or that the plugin for vLLM does not serve this family.
         """
+        try:
+            from vlmpruner_vllm.families import family_of
+        except ImportError:
+            pass
+        else:
+            family_of(SimpleNamespace(architectures=[cls.__name__]))
         raise ValueError(
             f"{cls.__name__} would run unpruned in this engine. vLLM serves it pruned with the plugin of this project: run "
             'pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start vLLM again.'
