@@ -301,7 +301,8 @@ class PruningConfig(method_keys()):
             decoder = self.get_text_config(decoder=True).model_type
             raise ValueError(
                 f"pruning_method {self.pruning_method!r} prunes at {where} and needs {lacking}, but in this {decoder} model "
-                f"layers of linear_attention have none. It could prune at {legal}. Choose another {'pruning_method' if own else 'pruning_layer'}, or set pruning_ratio to 0."
+                f"layers of linear_attention have none. It could prune at {legal}. Choose another "
+                f"{'pruning_method' if own else 'pruning_layer'}, or set pruning_ratio to 0."
             )
 
 
