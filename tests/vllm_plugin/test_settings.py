@@ -86,7 +86,7 @@ def test_families_that_it_does_not_serve_are_refused_by_name(tmp_path):
         if config.auto_map_targets["AutoModelForImageTextToText"].split(".")[1] not in FAMILIES
     }
     for module, name in not_served.values():
-        with pytest.raises(ValueError, match=f"does not serve '{name}'. It serves: VLMPrunerLlava"):
+        with pytest.raises(ValueError, match=f"does not serve '{name}'. It serves: VLMPrunerLlava|{name} .*does not serve it"):
             getattr(importlib.import_module(f"vlmpruner.{module}"), name).is_backend_compatible()
     base = next(iter(not_served))
     repo = export_model(ROOT / "tests/data/checkpoints" / base, tmp_path / "pruned", report=lambda line: None)
