@@ -441,7 +441,8 @@ def test_the_stock_layout_has_the_stock_counts():
             assert ours.replace_video_token(video, 0) == stock
             counts = [LlavaOnevisionProcessor._get_num_multimodal_tokens(processor, video_sizes=[(frames, 8, 8)])]
             counts.append(ours._get_num_multimodal_tokens(video_sizes=[(frames, 8, 8)]))
-            assert counts[0].num_video_tokens == counts[1].num_video_tokens == [stock.count("<video>")]
+            assert counts[1].num_video_tokens == [stock.count("<video>")]
+            assert counts[0].num_video_tokens in (None, counts[1].num_video_tokens)  # None before videos were counted
 
 
 @pytest.mark.parametrize(
