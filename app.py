@@ -249,6 +249,7 @@ CSS = """
   font-weight: 400;
 }
 .costs {
+  border: none !important;
   width: 100%;
   border-collapse: collapse;
   margin-top: 12px;

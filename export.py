@@ -33,6 +33,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import ctypes
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -339,6 +340,7 @@ def export_model(
     push_to_hub: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    results: str | os.PathLike | None = None,
     report: Callable[[str], None] = print,
     **pruning,
 ) -> Path:
@@ -353,6 +355,7 @@ def export_model(
         push_to_hub: id of the model repo to upload `output` to; made where there is none.
         private: whether a repo made there is private.
         revision: branch, tag or commit of a Hub base.
+        results: JSON that benchmarks/accuracy.py wrote of these weights, whose table goes into the card.
         report: called with each line of progress.
         pruning: `pruning_*` keys of the config, such as `pruning_ratio=0.778`.
 
@@ -365,6 +368,8 @@ def export_model(
     """
     if push_to_hub:
         validate_repo_id(push_to_hub)
+    if to_base and results is not None:
+        raise ValueError(f"A base model is not pruned, so the results {results} are not of it.")
     report(f"reading {base}")
     source = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
@@ -375,9 +380,10 @@ def export_model(
     config = stock_config(checkpoint, pruning) if to_base else pruned_config(checkpoint, pruning)
     sizes = checkpoint.shard_sizes()
     name = push_to_hub or output.name
+    measured = "" if results is None else measured_section(Path(results), config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            write_small_files(Path(folder), checkpoint, config, name)
+            write_small_files(Path(folder), checkpoint, config, name, measured)
             how = "with other names for the weights" if checkpoint is not source else "weights are hard links where possible"
             report_plan(output, sizes | file_sizes(Path(folder)), how, report)
         return output
@@ -385,8 +391,10 @@ def export_model(
         # Its own name within the temporary folder: the library names the module of custom code after it.
         staged = beside / output.name
         staged.mkdir()
-        write_small_files(staged, checkpoint, config, name)
+        write_small_files(staged, checkpoint, config, name, measured)
         place_shards(staged, checkpoint, sizes, report)
+        if results is not None:
+            check_measured(Path(results), staged, checkpoint)
         check_shards(staged, checkpoint)
         check_loads(staged, checkpoint.name, config)
         written = write_manifest(staged)
@@ -591,7 +599,7 @@ def write_manifest(folder: Path) -> list[str]:
     return list(files)
 
 
-def write_small_files(folder: Path, checkpoint: Base, config, name: str) -> None:
+def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str) -> None:
     """Everything but the shards."""
     config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
@@ -604,7 +612,7 @@ def write_small_files(folder: Path, checkpoint: Base, config, name: str) -> None
         if not is_pruned(config):  # a generation config may have such a key
             content = {key: value for key, value in content.items() if not key.startswith("pruning_")}
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(model_card(checkpoint, config, name), encoding="utf-8")
+    (folder / CARD).write_text(model_card(checkpoint, config, name, measured), encoding="utf-8")
 
 
 def with_own_code(content, auto_map: dict[str, str]):
@@ -839,8 +847,42 @@ def upload(folder: Path, names: list[str], repo_id: str, private: bool | None, r
     report(f"uploaded {address}")
 
 
-def model_card(checkpoint: Base, config, name: str) -> str:
-    """The text of the model card of a repo called `name`."""
+def measured_section(results: Path, config) -> str:
+    """A section of the card: of a table by benchmarks/accuracy.py what is unpruned, of the config's method, and random.
+
+    Raises:
+        ValueError: naming the file that is none.
+    """
+    table = results.with_suffix(".md")
+    try:
+        heading, _, *lines = table.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{table}, the table of the results {results}, can not be read: {error}.") from None
+    lines = lines[: lines.index("")] if "" in lines else lines
+    if not lines or not lines[0].startswith("| method |"):
+        raise ValueError(f"{table} is no table that benchmarks/accuracy.py wrote beside {results}.")
+    shown = ("unpruned", config.pruning_method, "random")
+    rows = lines[:2] + [line for line in lines[2:] if re.split(r"[|,]", line)[1].strip() in shown]
+    return MEASURED_TEXT.format(heading=heading, rows="\n".join(rows))
+
+
+def check_measured(results: Path, folder: Path, checkpoint: Base) -> None:
+    """Raise a ValueError unless `results` were measured with the weights in `folder`."""
+    digest = hashlib.sha256()
+    for name in checkpoint.shard_names():
+        with open(folder / name, "rb") as shard:
+            while part := shard.read(1 << 24):
+                digest.update(part)
+    try:
+        measured = json.loads(results.read_text(encoding="utf-8"))["weights"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{results} is no JSON that benchmarks/accuracy.py wrote: {describe(error)}") from None
+    if measured != digest.hexdigest()[:16]:
+        raise ValueError(f"The results {results} were measured with other weights than those of {checkpoint.name}.")
+
+
+def model_card(checkpoint: Base, config, name: str, measured: str = "") -> str:
+    """The text of the model card of a repo called `name`, with a section on what was `measured`, if anything was."""
     base_card = checkpoint.card_data()
     base_model = checkpoint.hub_id
     if checkpoint.config()["model_type"].startswith("vlmpruner_"):  # an export: its card tells what it was made of
@@ -864,6 +906,8 @@ def model_card(checkpoint: Base, config, name: str) -> str:
             model_type=config.model_type,
             name=name,
             back=(CARD_BACK if getattr(config, "has_stock_video_layout", True) else CARD_NO_WAY_BACK).format(name=name),
+            measured=measured,
+            code=", ".join(f"`{path.name}`" for path in own("configuration_vlmpruner.code_files")(config.auto_map, ROOT)),
         )
     else:
         text = BASE_CARD_TEXT.format(title=title, source=checkpoint.name, stock_class=config.architectures[0])
@@ -945,6 +989,13 @@ print(f"kept {{record.num_kept}} of {{record.num_visual}} visual tokens")
 processor.draw_kept_tokens(record=record, inputs=inputs)[0].save("kept.png")  # on the pixels that the model saw
 ```
 
+{measured}## Code that runs
+
+`trust_remote_code=True` runs these Python files of this repo: {code}. They open no connection and evaluate no strings; what is
+fetched from the Hub, transformers fetches, as for any model. Read them, and pin what you have read: `revision` takes a commit
+of this repo, in `from_pretrained("{name}", trust_remote_code=True, revision="COMMIT")` of model and processor,
+and in `pipeline`.
+
 ## Without pruning
 
 A stock class, named in code, opens this repo unpruned: `{stock_class}.from_pretrained("{name}")` runs none of
@@ -965,6 +1016,15 @@ python export.py {name} --to-base --output unpruned
 CARD_NO_WAY_BACK = """\
 The stock class also pools videos or places their newlines otherwise than this model was trained with, so there is no repo for
 stock classes to turn this one into: set `pruning_ratio` to 0.
+"""
+
+MEASURED_TEXT = """## Measured
+
+{heading} Scores in percent on drawn scenes, `benchmarks/accuracy.py` of VLM-Pruner; `relative` is the mean over the types of
+score / unpruned score with its 95 % interval, and `random` keeps as many tokens drawn at random.
+
+{rows}
+
 """
 
 BASE_CARD_TEXT = """
@@ -1009,6 +1069,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--push-to-hub", metavar="NAME", help="upload the result to this model repo")
     add("--private", action="store_true", default=None, help="make that repo a private one")
     add("--revision", help="branch, tag or commit of a base on the Hub")
+    add("--results", metavar="FILE", help="put the table of this JSON of benchmarks/accuracy.py into the card")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
     methods_with = own("configuration_vlmpruner.METHODS_WITH")
     for field in pruning_fields():

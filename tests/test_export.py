@@ -1,5 +1,6 @@
 """An export loads everywhere, is the base model when unpruned, and is written whole or not at all."""
 
+import ast
 import json
 import os
 import re
@@ -158,6 +159,75 @@ def test_card_states_what_the_hub_needs(exported):
     assert data.base_model is None
     assert data.license is None
     assert str(exported.parent) not in (exported / "README.md").read_text()
+
+
+NO_BUSINESS = {
+    "modules": {
+        *("aiohttp", "asyncio", "ctypes", "ftplib", "http", "httpx", "importlib", "marshal", "multiprocessing", "pickle"),
+        *("requests", "runpy", "smtplib", "socket", "ssl", "subprocess", "urllib", "webbrowser", "xmlrpc"),
+    },
+    "calls": {"__import__", "compile", "eval", "exec", "execfile", "execv", "execve", "popen", "system", "spawnv", "urlopen"},
+}
+
+
+def business(code: str) -> set[str]:
+    """What a file does that no code of an export may do: modules that it imports, functions that it calls."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names} & NO_BUSINESS["modules"]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module.split(".")[0]} & NO_BUSINESS["modules"]
+            if node.module.startswith("huggingface_hub") and node.module != "huggingface_hub.dataclasses":
+                found.add(node.module)
+        elif isinstance(node, ast.Call):
+            function = node.func
+            name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
+            is_of_a_library = isinstance(function, ast.Attribute) and ast.unparse(function) in ("torch.compile", "re.compile")
+            found |= set() if is_of_a_library else {name} & NO_BUSINESS["calls"]
+    return found
+
+
+@pytest.mark.once
+def test_exported_code_is_what_the_card_says(tmp_path):
+    """It opens no connection and evaluates no strings, and the card names every file of it."""
+    repo = quietly(LLAVA, tmp_path / "out")
+    card = (repo / "README.md").read_text()
+    for path in repo.glob("*.py"):
+        assert business(path.read_text()) == set(), path.name
+        assert f"`{path.name}`" in card
+    for line in ("import socket", "from urllib.request import urlopen", "eval('1')", "torch.eval('1')", "os.system('ls')"):
+        assert business(line), line
+    assert not business("import torch\ntorch.compile(f)\nmodel.eval_batch()")
+
+
+@pytest.mark.once
+def test_measured_results_are_on_the_card_of_their_weights_alone(tmp_path):
+    results = export.ROOT / "benchmarks" / "results" / "accuracy.json"
+    repo = quietly(export.ROOT, tmp_path / "out", results=results)
+    card = (repo / "README.md").read_text()
+    rows = re.findall(r"^\| (\w[^|]*) \|", card, re.MULTILINE)
+    assert set(rows) == {"method", "unpruned", "vlm_pruner", "vlm_pruner, fine", "random"}
+    measured = results.with_suffix(".md").read_text()
+    assert all(line in measured for line in card.splitlines() if line.startswith("| vlm_pruner"))
+    assert "## Measured" not in (quietly(export.ROOT, tmp_path / "without") / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"accuracy\.json were measured with other weights than those of llava"):
+        quietly(LLAVA, tmp_path / "other", results=results)
+    assert not (tmp_path / "other").exists()
+    for name, content, message in (
+        ("absent", None, r"absent\.md, the table of the results .*absent\.json, can not be read"),
+        ("other", "# Notes\n\ntext\n", r"other\.md is no table"),
+    ):
+        if content:
+            (tmp_path / f"{name}.md").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            quietly(export.ROOT, tmp_path / "refused", results=tmp_path / f"{name}.json")
+    (tmp_path / "bare.md").write_text(measured)
+    (tmp_path / "bare.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bare\.json is no JSON that benchmarks/accuracy.py wrote"):
+        quietly(export.ROOT, tmp_path / "refused", results=tmp_path / "bare.json")
+    with pytest.raises(ValueError, match="A base model is not pruned"):
+        quietly(repo, tmp_path / "refused", to_base=True, results=results)
 
 
 def test_weights_are_the_same_file(family, exported):

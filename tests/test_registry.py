@@ -55,8 +55,8 @@ def missing_of(config_class) -> list[str]:
     missing += [
         f"tests/data/checkpoints/{base}/{name}" for name in CHECKPOINT if not (DATA / "checkpoints" / base / name).is_file()
     ]
-    if f"`{prefix}...`" not in (ROOT / "README.md").read_text(encoding="utf-8"):
-        missing.append(f"`{prefix}...` in the table of base models in README.md")
+    if f"`{prefix}...`" not in (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8"):
+        missing.append(f"`{prefix}...` in the table of docs/guarantees.md")
     return missing
 
 
@@ -79,7 +79,7 @@ def test_what_a_family_lacks_is_named():
         "the model_type vlmpruner_absent",
         "an entry absent in FAMILIES of tests/families.py",
         *(f"tests/data/checkpoints/absent/{name}" for name in CHECKPOINT),
-        "`VLMPrunerAbsent...` in the table of base models in README.md",
+        "`VLMPrunerAbsent...` in the table of docs/guarantees.md",
     ]
 
 

@@ -1,0 +1,97 @@
+"""The commands and the code of README and docs run, offline, on the model at the root."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmpruner.export import export_model
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / "training" / "README.md"])
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What stands in for what a reader has.
+STAND_INS = {"llava-hf/llava-1.5-7b-hf": str(ROOT)}
+EXPORT = "llava-pruned"
+# (page, how the block begins) -> why it does not run here.
+NOT_RUN = {
+    ("docs/looking.md", 'pip install -e ".[app]"'): "serves until it is stopped; tests/app opens the page",
+    ("docs/looking.md", 'pip install -e ".[notebook]"'): "tests/test_notebook.py runs the notebook",
+    ("docs/serving.md", 'pip install "vlmpruner[vllm]"'): "needs vLLM; tests/vllm_plugin/test_server.py starts a server",
+    ("docs/serving.md", "from openai import OpenAI"): "asks that server, and opens an address",
+    ("docs/serving.md", "make bench-serving"): "takes minutes; tests/test_benchmarks.py has its parts",
+    ("docs/training.md", "from functools import partial"): "parts of a script; tests/test_tools.py trains so",
+}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def runner_of(page: Path) -> Path | None:
+    """The test that a page names as the one that runs it."""
+    named = re.search(r"`(tests/\w+\.py)` runs this\s+page", page.read_text())
+    return ROOT / named.group(1) if named else None
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+def reason(page: Path, code: str) -> str | None:
+    return next((why for (name, start), why in NOT_RUN.items() if name == name_of(page) and code.startswith(start)), None)
+
+
+RUN = [page for page in PAGES if not runner_of(page) and any(reason(page, code) is None for _, code in blocks(page))]
+
+
+@pytest.mark.once
+def test_reasons_are_of_blocks_that_there_are():
+    for name, start in NOT_RUN:
+        assert any(code.startswith(start) for _, code in blocks(ROOT / name)), (name, start)
+    for page in PAGES:
+        if test := runner_of(page):
+            assert page.name in test.read_text(), f"{name_of(page)} says that {test.name} runs it"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return export_model(ROOT, tmp_path_factory.mktemp("docs") / EXPORT, report=lambda line: None)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What a reader stands in: the repository, with a photo in it, in which nothing is written through."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copy(ROOT / "docs" / "scene.png", tmp_path / "photo.jpg")
+    return tmp_path
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_what_a_page_says_to_run_runs(page, clone, export):
+    """Each block in a process of its own, in the order of the page; lines that install are left out."""
+    if f"--output {EXPORT}" not in page.read_text():
+        (clone / EXPORT).symlink_to(export)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    for language, code in blocks(page):
+        if reason(page, code):
+            continue
+        for name, stand_in in STAND_INS.items():
+            code = code.replace(name, stand_in)
+        code = re.sub(r"^pip install .*\n", "", code, flags=re.MULTILINE)
+        shell = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        process = subprocess.run(
+            shell, cwd=clone, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        )
+        assert process.returncode == 0, f"{code}\n{process.stdout}{process.stderr}"
