@@ -44,6 +44,7 @@ from .pruned_cache import (
 )
 from .pruning_method import StageTokens, TowerSignals
 from .recurrent_rows import row_runs
+from .tensor_parallel import all_heads
 from .token_pruning import Selection, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
@@ -592,12 +593,10 @@ class PruningPlan:
     @torch.no_grad()  # what is looked at has no part in a graph that gradient checkpointing makes again
     def _select(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> None:
         stage = self.stage
-        num_heads = self.config.num_key_value_heads
-        if stage.keys is not None and stage.keys.shape[1] != num_heads:
-            raise ValueError(
-                f"Decoder layer {stage.layer - 1} has {stage.keys.shape[1]} key heads here, the whole model {num_heads}. "
-                "Tensor parallelism is not supported, because each rank would choose other tokens."
-            )
+        if "keys" not in self.method.looks_at:
+            stage.keys = None
+        elif stage.keys is not None:
+            stage.keys = all_heads(stage.keys.detach(), self.config.num_key_value_heads, self.decoder.layers[stage.layer - 1])
         if stage.earlier is not None:
             stage.tokens = stage.earlier.tokens.after(stage.earlier.selection, stage.earlier.packing, stage.num_keep)
         elif stage.tokens.device != hidden_states.device:
@@ -606,7 +605,7 @@ class PruningPlan:
         tokens.hidden_states = tokens.take(hidden_states.detach())
         keys = None
         if stage.keys is not None:
-            keys = tokens.take(stage.keys.detach().to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
+            keys = tokens.take(stage.keys.to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
         stage.view = StageTokens(
             stage=self.stages.index(stage),
             hidden_states=tokens.hidden_states,
@@ -834,7 +833,9 @@ class PruningPlan:
         is_later = torch.arange(num_new, device=query.device) > places[:, None]
         scores[..., -num_new:].masked_fill_(is_later[:, None], -torch.inf)
         places = tokens.rows, keys.shape[2] - num_new + tokens.places % num_new
-        rows = {"attention": scores.softmax(-1).mean(1), "logits": logits.mean(1)}
+        num_heads = self.config.num_attention_heads
+        scores, logits = (all_heads(rows, num_heads, layer) for rows in (scores.softmax(-1), logits))
+        rows = {"attention": scores.mean(1), "logits": logits.mean(1)}
         return {name: row.to(tokens.rows.device)[places] for name, row in rows.items()}
 
     def _text_of(self, hidden_states: torch.Tensor, is_text: torch.Tensor, keys: torch.Tensor | None, image: int) -> tuple:

@@ -41,6 +41,7 @@ from .pruned_decoder import (
     prune_decoder,
     rows_of_images,
 )
+from .tensor_parallel import check_heads
 
 
 STOCK_MASK = "stock_attention"
@@ -415,7 +416,7 @@ class PrunedForConditionalGenerationMixin:
 
         Raises:
             ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
-                `output_loading_info` asks for the list of them.
+                `output_loading_info` asks for the list of them. And what `check_heads` raises.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
@@ -424,6 +425,7 @@ class PrunedForConditionalGenerationMixin:
                 f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
             )
+        check_heads(model)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
             setattr(model.generation_config, name, value)

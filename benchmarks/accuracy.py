@@ -3,7 +3,8 @@
 `python benchmarks/accuracy.py --model FOLDER` measures a pruned model repo (see export.py); without one, the model at the root
 of this repo (see training/README.md). Scenes are those of training/scenes.py, split "test". Each configuration's answers are
 written as soon as they are known, and a second run goes on where the first stopped; results of other weights or questions are
-refused, not mixed.
+refused, not mixed. `torchrun --nproc-per-node 8 benchmarks/accuracy.py` shares the questions among GPUs; only `random` then
+draws other tokens.
 
 score      exact match, in percent, for each question type; greedy decoding, at most 12 tokens
 relative   mean over the types of score / unpruned score, as the paper averages its benchmarks, in percent
@@ -28,6 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -198,12 +201,32 @@ def evaluate(model, processor, questions: list, configuration: Configuration, ba
                     (image.num_visual, image.mean_kept(layers), image.mean_kept(layers, first=0)) for image in record.images
                 ]
     result = {"right": right, "seconds": round(time.perf_counter() - start, 1)}
-    if configuration.ratio > 0:
-        if len(counts) < len(questions):
-            raise RuntimeError(f"{configuration.name}: only {len(counts)} of {len(questions)} pictures were pruned.")
+    if configuration.ratio > 0 and len(counts) < len(questions):
+        raise RuntimeError(f"{configuration.name}: only {len(counts)} of {len(questions)} pictures were pruned.")
+    if counts:
         names = ("num_visual", "num_kept", "num_kept_all_layers")
         result |= dict(zip(names, np.mean(counts, axis=0).tolist(), strict=True))
     return result
+
+
+def share(questions: list, batch_size: int, index: int, number: int) -> list:
+    """The questions of process `index` of `number`: batches that follow each other, cut as one process would cut them."""
+    batches = -(-len(questions) // batch_size)
+    first, end = (batches * place // number for place in (index, index + 1))
+    return questions[first * batch_size : end * batch_size]
+
+
+def joined(parts: list[dict]) -> dict:
+    """What `evaluate` found in shares of the questions, as one. `seconds` are those of the slowest."""
+    if len(parts) == 1:
+        return parts[0]
+    answered = [sum(map(len, part["right"].values())) for part in parts]
+    right = {kind: "".join(part["right"][kind] for part in parts) for kind in QUESTION_TYPES}
+    whole = {"right": right, "seconds": max(part["seconds"] for part in parts)}
+    for name in dict.fromkeys(name for part in parts for name in part if name.startswith("num_")):
+        total = sum(part.get(name, 0) * number for part, number in zip(parts, answered, strict=True))
+        whole[name] = total / sum(answered)
+    return whole
 
 
 def answer_batch(model, processor, questions: list, blind: bool = False) -> tuple[list[str], object]:
@@ -380,10 +403,10 @@ def fingerprint_of(model_path: Path, questions: list) -> dict:
     return {"weights": weights.hexdigest()[:16], "questions": asked.hexdigest()[:16]}
 
 
-def load(path: Path) -> tuple:
-    """The model, its processor, and what they run on."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def load(path: Path, device: str | None = None) -> tuple:
+    """The model, its processor, and what they run on: `device`, by default a GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype=dtype).to(device).eval()
     RememberedFeatures(model)
     about = environment(device) | {"dtype": str(dtype).removeprefix("torch.")}
@@ -426,7 +449,9 @@ def main():
         parser.error(f"--model {options.model} holds no config.json. Give a pruned model repo, such as export.py makes.")
     transformers.logging.set_verbosity_error()
 
-    model, processor, about = load(options.model)
+    state = PartialState()
+    with state.main_process_first():  # the repo's code is in the cache before others read it
+        model, processor, about = load(options.model, str(state.device))
     width = model.config.get_text_config().hidden_size
     questions = collect_questions(options.per_type)
     results = Results(options.output, fingerprint_of(options.model, questions), about | {"per_type": options.per_type})
@@ -450,9 +475,15 @@ def main():
                 pass
     except ValueError as error:
         parser.error(str(error))
-    for configuration in tqdm(configurations, desc="configurations"):
-        if configuration.name not in results.results:
-            results.add(configuration, evaluate(model, processor, questions, configuration, options.batch_size))
+    todo = [configuration for configuration in configurations if configuration.name not in results.results]
+    (todo,) = broadcast_object_list([todo])  # the first process may write a result before another has looked
+    part = share(questions, options.batch_size, state.process_index, state.num_processes)
+    for configuration in tqdm(todo, desc="configurations", disable=not state.is_main_process):
+        found = joined(gather_object([evaluate(model, processor, part, configuration, options.batch_size)]))
+        if state.is_main_process:
+            results.add(configuration, found)
+    if not state.is_main_process:
+        return
     measured = results.content["about"]
     heading = f"Questions of each type: {measured['per_type']}. {place_and_versions(measured)}."
     table = f"{heading}\n\n{markdown(results.results, width)}"

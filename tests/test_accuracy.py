@@ -105,7 +105,7 @@ def run(tmp_path, monkeypatch):
 
     model = SimpleNamespace(config=VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6)))
     about = accuracy.environment("cpu") | {"dtype": "float32"}
-    monkeypatch.setattr(accuracy, "load", lambda path: (model, None, about))
+    monkeypatch.setattr(accuracy, "load", lambda path, device: (model, None, about))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     (tmp_path / "config.json").write_text("{}")
     fixed = ["accuracy.py", "--model", str(tmp_path), "--per-type", "1", "--output", str(tmp_path / "accuracy.json")]
