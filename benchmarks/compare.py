@@ -505,10 +505,13 @@ def main():
     measure(comparison, results, specs, options.tokens)
     if options.repeats and not set(configurations) <= set(content["times"]):
         content["times"] |= comparison.times(configurations, options.repeats)
+        content["about"]["repeats"] = options.repeats
     results.write()
+    about = content["about"]
+    times = f" Times are medians of {about['repeats']} calls." if "repeats" in about else ""
     heading = (
-        f"Questions of each type: {content['about']['per_type']}. Equal among methods: {options.match}. "
-        f"The differences are to {options.against}. {place_and_versions(content['about'])}."
+        f"Questions of each type: {about['per_type']}. Equal among methods: {options.match}. "
+        f"The differences are to {options.against}.{times} {place_and_versions(about)}."
     )
     parts = [heading, *(table(matrix(content, specs, split)) for split in options.splits)]
     text = "\n\n".join([*parts, table(rows_of(content, specs, options.against))]) + "\n"
