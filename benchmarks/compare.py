@@ -349,17 +349,18 @@ def shown(values: tuple[float, float, float], sign: str = "") -> str:
 
 
 def rows_of(content: dict, specs: Sequence[str], against: str) -> list[dict]:
-    """The table: for each budget the methods in the order of the last split's scores, the unpruned model first."""
+    """The table: for each budget the methods that have been measured, by the last split's scores; the unpruned model first."""
     results, times = content["results"], content["times"]
     splits = content["about"]["splits"]
     unpruned = {split: results[cell_name(split, "", None)] for split in splits}
     rows = [_row("all", "unpruned", unpruned, unpruned, None, times.get("unpruned"))]
     for num_keep in content["about"]["tokens"]:
-        entries = {spec: {split: results[cell_name(split, spec, num_keep)] for split in splits} for spec in specs}
+        measured = [spec for spec in specs if all(cell_name(split, spec, num_keep) in results for split in splits)]
+        entries = {spec: {split: results[cell_name(split, spec, num_keep)] for split in splits} for spec in measured}
         scores = {
             spec: relative(entry[splits[-1]]["right"], unpruned[splits[-1]]["right"])[0] for spec, entry in entries.items()
         }
-        for spec in sorted(specs, key=scores.get, reverse=True):
+        for spec in sorted(measured, key=scores.get, reverse=True):
             other = entries.get(against) if spec != against else None
             rows.append(_row(num_keep, spec, entries[spec], unpruned, other, times.get(f"{num_keep} {spec}")))
     return rows
@@ -384,15 +385,15 @@ def _row(num_keep, spec: str, entry: dict, unpruned: dict, against: dict | None,
 
 
 def matrix(content: dict, specs: Sequence[str], split: str) -> list[dict]:
-    """Methods by budgets: the relative scores of a split. Ordered by their mean."""
+    """Methods by budgets: the relative scores of a split, "-" where there is none yet. Ordered by those of the last budget."""
     results, budgets = content["results"], content["about"]["tokens"]
     unpruned = results[cell_name(split, "", None)]["right"]
-    found = {
-        spec: [relative(results[cell_name(split, spec, num_keep)]["right"], unpruned) for num_keep in budgets] for spec in specs
-    }
-    order = sorted(specs, key=lambda spec: sum(middle for middle, *_ in found[spec]), reverse=True)
+    found = {spec: [results.get(cell_name(split, spec, num_keep)) for num_keep in budgets] for spec in specs}
+    found = {spec: [cell and relative(cell["right"], unpruned) for cell in cells] for spec, cells in found.items()}
+    order = sorted(specs, key=lambda spec: found[spec][-1] or (-1,), reverse=True)
     heads = [f"{num_keep} tokens" for num_keep in budgets]
-    return [{split: spec} | dict(zip(heads, map(shown, found[spec]), strict=True)) for spec in order]
+    cells = {spec: [shown(values) if values else "-" for values in found[spec]] for spec in order}
+    return [{split: spec} | dict(zip(heads, cells[spec], strict=True)) for spec in order if set(cells[spec]) != {"-"}]
 
 
 def plot(content: dict, specs: Sequence[str], path: Path) -> None:
@@ -409,11 +410,14 @@ def plot(content: dict, specs: Sequence[str], path: Path) -> None:
         unpruned = results[cell_name(split, "", None)]["right"]
         over_flops = panel is panels[-1]
         for number, spec in enumerate(specs):
-            cells = [results[cell_name(split, spec, num_keep)] for num_keep in budgets]
+            measured = [num_keep for num_keep in budgets if cell_name(split, spec, num_keep) in results]
+            if not measured:
+                continue
+            cells = [results[cell_name(split, spec, num_keep)] for num_keep in measured]
             middle, low, high = np.array([relative(cell["right"], unpruned) for cell in cells]).T
             places = 100 * np.array([cell["flops"] for cell in cells])
             if not over_flops:  # a little apart, so that intervals can be seen
-                places = np.array(budgets) * 1.012 ** (number - len(specs) / 2)
+                places = np.array(measured) * 1.012 ** (number - len(specs) / 2)
             ours = spec.startswith("vlm_pruner")
             panel.errorbar(
                 places,
@@ -460,6 +464,21 @@ def measure(comparison: Comparison, results: Results, specs: Sequence[str], budg
             results.write()
 
 
+def write_report(content: dict, specs: Sequence[str], against: str, path: Path) -> str:
+    """Write tables and plot beside the JSON file `path`; return the tables."""
+    about = content["about"]
+    times = f" Times are medians of {about['repeats']} calls." if "repeats" in about else ""
+    heading = (
+        f"Questions of each type: {about['per_type']}. Equal among methods: {about['match']}. "
+        f"The differences are to {against}.{times} {place_and_versions(about)}."
+    )
+    parts = [heading, *(table(matrix(content, specs, split)) for split in about["splits"])]
+    text = "\n\n".join([*parts, table(rows_of(content, specs, against))]) + "\n"
+    path.with_suffix(".md").write_text(text)
+    plot(content, specs, path.with_suffix(".png"))
+    return text
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
@@ -470,6 +489,7 @@ def main():
     parser.add_argument("--per-type", type=int, default=100, help="questions of each type")
     parser.add_argument("--against", default="vlm_pruner", help="the method that the others are compared with")
     parser.add_argument("--repeats", type=int, default=20, help="calls that a median takes; 0 leaves times out")
+    parser.add_argument("--report", action="store_true", help="measure nothing; tables and plot of what has been measured")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/compare.json, with the match if not kept")
     options = parser.parse_args()
@@ -502,19 +522,13 @@ def main():
     content = results.content
     content["about"] |= {name: list(getattr(options, name)) for name in ("splits", "tokens")} | {"per_type": options.per_type}
     content.setdefault("times", {})
-    measure(comparison, results, specs, options.tokens)
-    if options.repeats and not set(configurations) <= set(content["times"]):
+    if not options.report:
+        measure(comparison, results, specs, options.tokens)
+    if options.repeats and not options.report and not set(configurations) <= set(content["times"]):
         content["times"] |= comparison.times(configurations, options.repeats)
+        content["about"]["repeats"] = options.repeats
     results.write()
-    heading = (
-        f"Questions of each type: {content['about']['per_type']}. Equal among methods: {options.match}. "
-        f"The differences are to {options.against}. {place_and_versions(content['about'])}."
-    )
-    parts = [heading, *(table(matrix(content, specs, split)) for split in options.splits)]
-    text = "\n\n".join([*parts, table(rows_of(content, specs, options.against))]) + "\n"
-    output.with_suffix(".md").write_text(text)
-    plot(content, specs, output.with_suffix(".png"))
-    print(text)
+    print(write_report(content, specs, options.against, output))
 
 
 if __name__ == "__main__":

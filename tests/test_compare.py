@@ -4,6 +4,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import compare
 from compare import Comparison, difference, matched_budget, parse_method, planned_tokens, rows_of
 from geometries import DecoderSizes, LayerSizes
 
+from benchmarks import accuracy
 from vlmpruner.pruning_methods import METHODS
 
 
@@ -100,9 +102,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.once
 def test_a_run_measures_answers_costs_and_times_and_goes_on_where_it_stopped(run, capsys):
-    options = ("--methods", "vlm_pruner", "vlm_pruner:fine", "divprune", "--repeats", "1")
+    options = ("--methods", "vlm_pruner", "divprune", "--repeats", "1")
     content, measured = run(*options, "--tokens", "64")
-    assert len(measured) == 5 and measured[0] == "test unpruned"
+    assert len(measured) == 4 and measured[0] == "test unpruned"
     ours, before = content["results"]["test 64 vlm_pruner"], content["results"]["test 64 divprune"]
     assert ours["tokens"] == [576, 576, 64, 64, 64, 64] and before["tokens"] == [64] * 6
     assert {kind: len(outcome) for kind, outcome in ours["right"].items()} == dict.fromkeys(compare.QUESTION_TYPES, 1)
@@ -115,15 +117,38 @@ def test_a_run_measures_answers_costs_and_times_and_goes_on_where_it_stopped(run
     assert content["times"]["unpruned"]["selection_s"] == 0 < content["times"]["64 vlm_pruner"]["selection_s"]
 
     content, measured = run(*options, "--tokens", "64", "8")
-    assert [name.split(" ")[1] for name in measured] == ["vlm_pruner", "vlm_pruner", "divprune", "random"]
-    rows = rows_of(content, ["vlm_pruner", "vlm_pruner:fine", "divprune", "random"], "vlm_pruner")
-    assert [row["budget"] for row in rows] == ["all", *[64] * 4, *[8] * 4]
+    assert [name.split(" ")[1] for name in measured] == ["vlm_pruner", "divprune", "random"]
+    rows = rows_of(content, ["vlm_pruner", "divprune", "random"], "vlm_pruner")
+    assert [row["budget"] for row in rows] == ["all", *[64] * 3, *[8] * 3]
     assert [row["method"] for row in rows if not row["against"]] == ["unpruned", "vlm_pruner", "vlm_pruner"]
     assert rows[0]["test [95 %]"] == "100.0 [100.0, 100.0]"
 
     with pytest.raises(SystemExit):
         run(*options, "--per-type", "2")
     assert "has other questions of test. Give the same --per-type" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_what_is_shared_between_methods_changes_no_answer(monkeypatch):
+    model, processor, _ = accuracy.load(ROOT)
+    questions = accuracy.collect_questions(1)
+    comparison = Comparison(model, processor, {"test": questions}, 4, "kept")
+    given, answers_to = [], compare.answers_to
+    monkeypatch.setattr(compare, "answers_to", lambda *args: given.append(answers_to(*args)) or given[-1])
+    specs = ("random", "btp", "visionzip", "vlm_pruner")  # of two, one and no layers below the first pruning, and what is known
+    found = {}
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(comparison.prompts, "of", lambda *args: nullcontext())
+        for spec in specs:
+            given.clear()
+            comparison.evaluate("test", comparison.configuration(spec, 16))
+            chosen = [[image.order.tolist() for image in record] for _, record in given]
+            found[spec, shares] = [answers for answers, _ in given], chosen
+    for spec in specs:
+        assert found[spec, True] == found[spec, False]
+    layers = {key[1] for key in comparison.prompts.known if isinstance(key[1], int)}
+    assert layers == {0, 1}
 
 
 @pytest.mark.once
