@@ -29,15 +29,20 @@ from transformers import (
     Glm4vConfig,
     Glm4vMoeConfig,
     Glm46VConfig,
+    Idefics3Config,
+    InternVLConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
+    Mistral3Config,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3_5Config,
     Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
+    SmolVLMConfig,
 )
 from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -122,12 +127,14 @@ class PruningConfig(method_keys()):
             values are the best there.
         pruning_video_scope (`str`): `"slice"` prunes each temporal slice of a video as an image of its own; `"video"` gives all
             slices one budget and one selection, in which a step of one slice counts as far as a step of one token in the plane
-            (as in the position ids of Qwen2-VL, where both advance by one). Models without video ignore it.
+            (as in the position ids of Qwen2-VL, where both advance by one). Models without video ignore it, and those refuse
+            "video" that get the frames of a video as images.
     """
 
     _auto_class = "AutoConfig"
     base_model_type: ClassVar[str]
     auto_map_targets: ClassVar[dict[str, str]]
+    frames_are_images: ClassVar[bool] = False  # whether the model gets videos as images, and can not tell them apart
 
     pruning_method: str = "vlm_pruner"
     pruning_ratio: float | int = 0.889
@@ -274,6 +281,11 @@ class PruningConfig(method_keys()):
             raise ValueError(
                 f"pruning_positions='packed' counts tokens one by one, but positions of this {text_config.model_type} model "
                 "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
+            )
+        if self.pruning_video_scope == "video" and self.frames_are_images:
+            raise ValueError(
+                f"pruning_video_scope='video' gives the frames of a video one budget, but a {self.base_model_type} model gets "
+                "them as images, and is not told which of them are of one video. Set it to 'slice'."
             )
         method = self._method()
         layers, layer_types = method.stage_layers(), layer_types_of(text_config)
@@ -547,6 +559,53 @@ class VLMPrunerQwen3_5MoeConfig(PruningConfig, Qwen3_5MoeConfig):
     model_type = "vlmpruner_qwen3_5_moe"
     base_model_type = "qwen3_5_moe"
     auto_map_targets = auto_map("Qwen3_5Moe", "modeling_vlmpruner_qwen3_5")
+
+
+@strict
+class VLMPrunerInternVLConfig(PruningConfig, InternVLConfig):
+    """InternVL3 and InternVL3.5 with pruning. See `PruningConfig` for the keys that this adds to `InternVLConfig`."""
+
+    model_type = "vlmpruner_internvl"
+    base_model_type = "internvl"
+    auto_map_targets = auto_map("InternVL", "modeling_vlmpruner_internvl")
+    frames_are_images = True
+
+
+@strict
+class VLMPrunerMistral3Config(PruningConfig, Mistral3Config):
+    """Mistral Small 3.1 and 3.2 with pruning. See `PruningConfig` for the keys that this adds to `Mistral3Config`."""
+
+    model_type = "vlmpruner_mistral3"
+    base_model_type = "mistral3"
+    auto_map_targets = auto_map("Mistral3", "modeling_vlmpruner_mistral3")
+
+
+@strict
+class VLMPrunerSmolVLMConfig(PruningConfig, SmolVLMConfig):
+    """SmolVLM with pruning. See `PruningConfig` for the keys that this adds to `SmolVLMConfig`."""
+
+    model_type = "vlmpruner_smolvlm"
+    base_model_type = "smolvlm"
+    auto_map_targets = auto_map("SmolVLM", "modeling_vlmpruner_idefics3")
+    frames_are_images = True
+
+
+@strict
+class VLMPrunerIdefics3Config(PruningConfig, Idefics3Config):
+    """Idefics3 with pruning. See `PruningConfig` for the keys that this adds to `Idefics3Config`."""
+
+    model_type = "vlmpruner_idefics3"
+    base_model_type = "idefics3"
+    auto_map_targets = auto_map("Idefics3", "modeling_vlmpruner_idefics3")
+
+
+@strict
+class VLMPrunerLlavaNextVideoConfig(PruningConfig, LlavaNextVideoConfig):
+    """LLaVA-NeXT-Video with pruning. See `PruningConfig` for the keys that this adds to `LlavaNextVideoConfig`."""
+
+    model_type = "vlmpruner_llava_next_video"
+    base_model_type = "llava_next_video"
+    auto_map_targets = auto_map("LlavaNextVideo", "modeling_vlmpruner_llava_next_video")
 
 
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.

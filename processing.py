@@ -9,8 +9,11 @@ import base64
 import copy
 import io
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby, islice
 from math import ceil, isqrt, sqrt
 
 import torch
@@ -18,12 +21,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import (
     Glm4vProcessor,
     Glm46VProcessor,
+    Idefics3Processor,
+    InternVLProcessor,
     LlavaNextProcessor,
+    LlavaNextVideoProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    PixtralProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
+    SmolVLMProcessor,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
@@ -130,8 +138,8 @@ class DrawMixin:
                 as `images_kwargs` and `videos_kwargs`. Of `inputs` only those count that normalize, or that cut into patches.
 
         Returns:
-            One RGB picture per image, then one per video, in prompt order. An image with several grids has them side by side; a
-            video is a contact sheet of its temporal slices, in rows from left to right.
+            One RGB picture per image, then one per video, in prompt order. An image with several grids is a contact sheet of
+            them, in rows from left to right; a video likewise one of its temporal slices.
 
         Raises:
             ValueError: if nothing was pruned in the request; if it had another number of images, videos or slices; if an image
@@ -167,9 +175,10 @@ class DrawMixin:
             return
         if inputs is None:
             options = {"do_normalize": False} | options
-            inputs = self.video_processor(videos=make_batched_videos(media), **options, return_tensors="pt")
+            inputs = self.read_videos(make_batched_videos(media), options)
         has_pixels = inputs.get(PIXELS[modality]) is not None
         views_of_all = self.views_of(modality, inputs, options) if has_pixels else []
+        record = self.entries_of(modality, record, views_of_all)
         for number, (views, entries) in enumerate(pair_with_entries(views_of_all, record, modality)):
             check_grids(modality, number, views, entries)
             yield [picture for picture, _ in views], entries
@@ -206,7 +215,7 @@ class DrawMixin:
         """What the grids of `entries` cover of an image that is given to the image processor as it is, with `options`."""
         options, mismatch = {"do_normalize": False} | options, None
         for images in self.groups_with(image):
-            views = self.views_of("image", self.image_processor(images=images, **options, return_tensors="pt"), options)[0]
+            views = self.views_of("image", self.read_images(images, options), options)[0]
             try:
                 check_grids("image", number, views, entries)
                 return [picture for picture, _ in views]
@@ -224,6 +233,18 @@ class DrawMixin:
     def groups_with(self, image) -> list[list]:
         """What to call the image processor with, to get what it made of `image`: the likeliest first."""
         return [[image]]
+
+    def read_images(self, images: list, options: dict):
+        """What the image processor makes of `images` when this processor calls it."""
+        return self.image_processor(images=images, **options, return_tensors="pt")
+
+    def read_videos(self, videos: list, options: dict):
+        """What the video processor makes of `videos` when this processor calls it."""
+        return self.video_processor(videos=videos, **options, return_tensors="pt")
+
+    def entries_of(self, modality: str, record, views_of_all: list[list]):
+        """The entries of a record, in which those of this modality are to be found."""
+        return record
 
     def options_for(self, modality: str, kwargs: dict) -> dict:
         """Those of a call's `kwargs` that are for the image or the video processor."""
@@ -317,7 +338,8 @@ def check_grids(modality: str, number: int, views: list[tuple], entries):
 
 
 def sides_of(grids: list[tuple[int, int]]) -> str:
-    return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(grids))
+    counts = Counter(grids)
+    return " and ".join(f"{rows} x {columns}" + f" ({count} times)" * (count > 1) for (rows, columns), count in counts.items())
 
 
 def draw_grids(pictures: list[Image.Image], entries, first: int | None) -> list[Image.Image]:
@@ -612,6 +634,174 @@ class VLMPrunerQwen3_5Processor(QwenDrawMixin, Qwen3VLProcessor):
 
 class VLMPrunerQwen3_5MoeProcessor(QwenDrawMixin, Qwen3VLProcessor):
     """The processor of Qwen3.5 with experts, which is Qwen3-VL's, with `draw_kept_tokens`."""
+
+
+class VLMPrunerLlavaNextVideoProcessor(AnyResolutionDrawMixin, LlavaNextVideoProcessor):
+    """The processor of LLaVA-NeXT-Video with `draw_kept_tokens`."""
+
+    def video_slices(self, inputs, settings):
+        return [[self.pooled_frame(frame) for frame in video] for video in inputs["pixel_values_videos"]]
+
+    def pooled_frame(self, frame: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The part of a frame [3, height, width] that two by two of its patches cover, and their grid."""
+        side = 2 * self.patch_size
+        rows, columns = (length // side for length in frame.shape[-2:])
+        return frame[:, : rows * side, : columns * side], (rows, columns)
+
+
+class VLMPrunerMistral3Processor(DrawMixin, PixtralProcessor):
+    """The processor of Mistral3 with `draw_kept_tokens`."""
+
+    def read_images(self, images, options):
+        return super().read_images(images, options | {"patch_size": self.patch_size * self.spatial_merge_size})
+
+    def image_views(self, inputs, settings):
+        side, views = self.patch_size * self.spatial_merge_size, []
+        for pixels, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True):
+            rows, columns = (int(length) // side for length in size)  # without padding to the largest image
+            views.append([(pixels[:, : rows * side, : columns * side], (rows, columns))])
+        return views
+
+
+class TilesDrawMixin(DrawMixin):
+    """For processors that cut an image into square tiles, each of which is a grid, and that make a video images of one tile.
+
+    A family tells in `tiles` what tiles there are, and in `tiles_of_images` how many are of each image.
+    """
+
+    def draw_kept_tokens(self, images=None, record=None, videos=None, inputs=None, **kwargs) -> list[Image.Image]:
+        """See `DrawMixin.draw_kept_tokens`. With `inputs`, each frame of a video is drawn as the image that the model takes it
+        for.
+
+        Raises:
+            ValueError: also for images and videos together, because the record does not tell them apart.
+        """
+        if images is not None and videos is not None:
+            raise ValueError(
+                "The frames of a video are images to this model, so the record does not tell them from other images. Give "
+                "draw_kept_tokens the inputs of the request instead of images and videos."
+            )
+        return super().draw_kept_tokens(images, record, videos, inputs, **kwargs)
+
+    def entries_of(self, modality, record, views_of_all):
+        """The frames of all videos are the images of the record."""
+        if modality == "image" or record is None:
+            return record
+        frames = [(number, view) for number, views in enumerate(views_of_all) for view in range(len(views))]
+        if frames and len(frames) != len(record):
+            raise ValueError(f"Got {len(frames)} frames to draw on, but the record is of {len(record)} grids.")
+        pairs = zip(record, frames, strict=False)
+        return [replace(entry, modality="video", image=number, view=view) for entry, (number, view) in pairs]
+
+    def read_images(self, images, options):
+        inputs = dict(super().read_images(images, options))
+        return inputs | {"num_tiles": [len(self.tiles(inputs))]}  # of one image
+
+    def image_views(self, inputs, settings):
+        tiles, side = self.tiles(inputs), isqrt(self.tile_length)
+        counts = inputs["num_tiles"] if "num_tiles" in inputs else self.tiles_of_images(inputs["input_ids"].tolist())
+        if sum(counts) != len(tiles):
+            raise ValueError(
+                f"The inputs have {len(tiles)} tiles in pixel_values, but placeholders of {sum(counts)} in input_ids."
+            )
+        views = iter([(tile, (side, side)) for tile in tiles])
+        return [list(islice(views, count)) for count in counts]
+
+    def runs(self, row: list[int]) -> list[tuple[int, int]]:
+        """(first place, number of tiles) of each run of placeholders in the ids of a row."""
+        found, place = [], 0
+        for is_placeholder, run in groupby(row, key=lambda token: token == self.image_token_id):
+            length = len(list(run))
+            if is_placeholder:
+                found.append((place, length // self.tile_length))
+            place += length
+        return found
+
+    @property
+    def tile_length(self) -> int:
+        """Number of tokens of a tile."""
+        raise NotImplementedError
+
+    def tiles(self, inputs: dict) -> Sequence[torch.Tensor]:
+        """The tiles [3, height, width] of all images in prompt order."""
+        raise NotImplementedError
+
+    def tiles_of_images(self, input_ids: list[list[int]]) -> list[int]:
+        """Number of tiles of each image, by the placeholders in the prompts."""
+        raise NotImplementedError
+
+
+class VLMPrunerInternVLProcessor(TilesDrawMixin, InternVLProcessor):
+    """The processor of InternVL with `draw_kept_tokens`."""
+
+    @property
+    def tile_length(self):
+        return self.image_seq_length
+
+    def read_images(self, images, options):
+        return super().read_images(images, {"crop_to_patches": True} | options)
+
+    def tiles(self, inputs):
+        return inputs["pixel_values"]
+
+    def tiles_of_images(self, input_ids):
+        return [count for row in input_ids for _, count in self.runs(row)]
+
+    def video_slices(self, inputs, settings):
+        side = isqrt(self.tile_length)
+        return [[(frame, (side, side)) for frame in video] for video in inputs["pixel_values_videos"]]
+
+
+class GlobalViewDrawMixin(TilesDrawMixin):
+    """For Idefics3's image processor, whose tiles are padded to the same number in each row, and end with a global view."""
+
+    @property
+    def tile_length(self):
+        return self.image_seq_len
+
+    @property
+    def global_view_id(self) -> int:
+        """The tag in front of a global view's tokens."""
+        raise NotImplementedError
+
+    def tiles(self, inputs):
+        tiles, mask = inputs["pixel_values"].flatten(0, 1), inputs.get("pixel_attention_mask")
+        return tiles if mask is None else tiles[mask.flatten(0, 1).flatten(1).any(1)]
+
+    def tiles_of_images(self, input_ids):
+        counts = [0]
+        for row in input_ids:
+            for place, count in self.runs(row):
+                counts[-1] += count
+                if place > 0 and row[place - 1] == self.global_view_id:
+                    counts.append(0)
+        return counts if counts[-1] else counts[:-1]
+
+
+class VLMPrunerIdefics3Processor(GlobalViewDrawMixin, Idefics3Processor):
+    """The processor of Idefics3 with `draw_kept_tokens`."""
+
+    @property
+    def global_view_id(self):
+        return self.global_image_token_id
+
+
+class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
+    """The processor of SmolVLM with `draw_kept_tokens`."""
+
+    @property
+    def global_view_id(self):
+        return self.tokenizer.convert_tokens_to_ids(self.global_image_token)
+
+    def read_videos(self, videos, options):
+        inputs = super().read_videos(videos, options)
+        return {"pixel_values_videos": inputs["pixel_values"], "pixel_attention_mask": inputs.get("pixel_attention_mask")}
+
+    def video_slices(self, inputs, settings):
+        side, videos, masks = isqrt(self.tile_length), inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
+        if masks is not None:
+            videos = [video[mask.flatten(1).any(1)] for video, mask in zip(videos, masks, strict=True)]
+        return [[(frame, (side, side)) for frame in video] for video in videos]
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]

@@ -51,8 +51,8 @@ class PrunedImage:
     Attributes:
         row: row of the batch.
         image: number of the image (or video) in the request, counted over all rows in order.
-        view: number of the grid within its image: LLaVA-1.5 has one, LLaVA-NeXT a base view and a larger one, a video one for
-            each temporal slice.
+        view: number of the grid within its image: LLaVA-1.5 has one, LLaVA-NeXT a base view and a larger one, InternVL and
+            SmolVLM one for each tile, a video one for each temporal slice.
         modality: "image" or "video".
         grid: (height, width) of the grid in tokens, or (frames, height, width).
         positions: [num_visual] int64, place of each of the grid's tokens in the sequence, padding included.

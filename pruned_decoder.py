@@ -99,12 +99,15 @@ class VisualTokens:
         mask: [batch, length] bool, True at the tokens that hold the features, which fill them in row-major order.
         features: for each image in prompt order, [num_features, hidden_size].
         views: for each image, its grids.
+        image_ends: [batch, length] bool, True at the last token of an image's last grid, where `features` are of tiles, or of
+            rows of the batch; None where they are of images.
     """
 
     modality: str
     mask: torch.BoolTensor
     features: Sequence[torch.Tensor]
     views: Sequence[Sequence[GridView]]
+    image_ends: torch.BoolTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class VisualGrid:
 
 
 def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
-    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove; `visual.mask` is on the host.
+    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove; the masks are on the host.
 
     Raises:
         ValueError: if the images do not fill the rows one after another.
@@ -150,16 +153,20 @@ def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
     columns = visual.mask.nonzero()[:, 1]
     lengths = [len(features) for features in visual.features]
     rows = rows_of_images(visual.mask.sum(1).tolist(), lengths, visual.modality)
-    grids, offset = [], 0
-    for image, (row, length, views) in enumerate(zip(rows, lengths, visual.views, strict=True)):
-        image_columns = columns[offset : offset + length]
-        offset += length
-        for number, view in enumerate(views):
+    grids, offset, image, number = [], 0, 0, 0
+    for row, features, views in zip(rows, visual.features, visual.views, strict=True):
+        image_columns = columns[offset : offset + len(features)]
+        offset += len(features)
+        for view in views:
             tokens = view.token_indices()
             num_keep = num_tokens_to_keep(len(tokens), ratio)
-            features = visual.features[image]
             place = (row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep)
             grids.append(VisualGrid(*place, features=features, tokens=tokens))
+            number += 1
+            if visual.image_ends is not None and visual.image_ends[row, grids[-1].columns[-1]]:
+                image, number = image + 1, 0
+        if visual.image_ends is None:
+            image, number = image + 1, 0
     return grids
 
 
@@ -924,7 +931,7 @@ def make_plan(
     past_entries = dict.fromkeys(new_layers, past_length)
     past_entries |= {state.layer: past_length - state.full_length + state.num_entries for state in states}
     device = visuals[0].mask.device
-    masks = [visual.mask for visual in visuals]
+    masks = [mask for visual in visuals for mask in (visual.mask, visual.image_ends) if mask is not None]
     if attention_mask is not None:
         attention_mask = attention_mask.to(device, torch.bool)
         masks.append(attention_mask)
@@ -935,8 +942,11 @@ def make_plan(
             "position_ids restart within a row, which means several sequences packed into one. Pruning does not support that: "
             "give each sequence a row of its own, or set pruning_ratio=0."
         )
-    visuals = [replace(visual, mask=mask) for visual, mask in zip(visuals, masks, strict=False)]
     attention_mask = None if attention_mask is None else masks[-1]
+    masks = iter(masks)
+    visuals = [
+        replace(visual, mask=next(masks), image_ends=None if visual.image_ends is None else next(masks)) for visual in visuals
+    ]
     grids = [grid for visual in visuals for grid in visual_grids(visual, settings.ratio)]
     grids.sort(key=lambda grid: grid.row)
     batch, length = visuals[0].mask.shape

@@ -189,7 +189,7 @@ class PrunedModelMixin:
     def __init__(self, config):
         config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
-        prune_decoder(self.language_model, self.decoder_layers)
+        prune_decoder(self.get_decoder(), self.decoder_layers)
         if config.pruning_settings() is not None:
             self.refuse_unknown_tower()
 
@@ -254,7 +254,7 @@ class PrunedModelMixin:
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
-            self.language_model,
+            self.get_decoder(),
             settings,
             cache,
             attention_mask,
@@ -348,7 +348,9 @@ class PrunedModelMixin:
             mask = masks if isinstance(masks, torch.Tensor) else masks[("image", "video").index(modality)]
             inputs_embeds = inputs_embeds.masked_scatter(mask, flat)
             views = [self.grid_views_of(modality, image) for image in features]
-            visuals.append(VisualTokens(modality, mask[..., 0], features, views))
+            tokens = placeholder_embeds if input_ids is None else input_ids
+            ends = self.ends_of_images(mask[..., 0], views, tokens)
+            visuals.append(VisualTokens(modality, mask[..., 0], features, views, ends))
         return visuals, inputs_embeds
 
     def placeholder_id(self, modality: str) -> int:
@@ -367,6 +369,18 @@ class PrunedModelMixin:
                 f"get_{modality}_features did not make them as they are. Pass pixels, or set pruning_ratio=0."
             )
         return features.grid_views
+
+    def ends_of_images(
+        self, mask: torch.BoolTensor, views: Sequence[Sequence[GridView]], tokens: torch.Tensor
+    ) -> torch.BoolTensor | None:
+        """Where images end, for a family whose encoder is not told which images its tiles are of. See `VisualTokens`.
+
+        Args:
+            mask: [batch, length], the placeholders.
+            views: for each of the encoder's features, its grids.
+            tokens: [batch, length] ids or, where there are none, [batch, length, hidden_size] embeddings of the call's tokens.
+        """
+        return None
 
     def resolve_position_ids(
         self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, inputs: dict
@@ -406,8 +420,9 @@ class PrunedForConditionalGenerationMixin:
         else:
             family_of(SimpleNamespace(architectures=[cls.__name__]))
         raise ValueError(
-            f"{cls.__name__} would run unpruned in this engine. vLLM serves it pruned with the plugin of this project: run "
-            'pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start vLLM again.'
+            f"{cls.__name__} would run unpruned in this engine. vLLM serves LLaVA and Qwen-VL models pruned with the plugin of "
+            'this project: run pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start '
+            "vLLM again. The plugin refuses other families, as this one if it is installed: use `transformers serve`."
         )
 
     @classmethod

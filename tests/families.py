@@ -30,6 +30,7 @@ class Family:
     Attributes:
         grids: (width, height) of two pictures -> the grids (height, width) that the model makes of each.
         options: what its image processor can be told in a call that changes the picture.
+        nested: whether its processor wants the images of each row in a list of their own.
         like: the family whose code it shares, all but what its config decides. `test_families.py` says what that means.
         tile: side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of tokens
             of an image.
@@ -42,6 +43,7 @@ class Family:
     grids: dict[tuple[int, int], list[tuple[int, int]]]
     options: list[dict]
     like: str | None = None
+    nested: bool = False
     tile: int | None = None
     layer: int = 2
     is_hybrid: bool = False
@@ -122,6 +124,35 @@ FAMILIES = {
             is_hybrid=True,
             tolerance=1e-3,
         ),
+        Family(
+            name="internvl",
+            grids={(640, 480): [(4, 4)] * 7, (300, 500): [(4, 4)] * 7},
+            options=[{"max_patches": 3}],
+        ),
+        Family(
+            name="mistral3",
+            grids={(640, 480): [(18, 23)], (300, 500): [(18, 11)]},
+            options=[{"size": {"longest_edge": 112}}],
+        ),
+        Family(
+            name="smolvlm",
+            grids={(640, 480): [(4, 4)] * 5, (300, 500): [(4, 4)] * 5},
+            options=[{"do_image_splitting": False}, {"size": {"longest_edge": 192}}],
+            nested=True,
+        ),
+        Family(
+            name="idefics3",
+            grids={(640, 480): [(4, 4)] * 5, (300, 500): [(4, 4)] * 5},
+            options=[{"do_image_splitting": False}],
+            nested=True,
+            like="smolvlm",
+        ),
+        Family(
+            name="llava_next_video",
+            grids={(640, 480): [(6, 6), (10, 12)], (300, 500): [(6, 6), (12, 8)]},
+            options=[{"size": {"shortest_edge": 84}, "do_center_crop": False, "do_resize": True, "resample": 0}],
+            like="llava_next",
+        ),
     )
 }
 
@@ -156,6 +187,9 @@ def small_checkpoint(family: Family) -> Path:
     return folder
 
 
+SPREAD = ("language_model", "text_model", "lm_head", "projector", "connector")
+
+
 def spread_weights(model):
     """Make a tiny random model opinionated: with weights as initialised all hidden states are nearly the same, every answer is
     one token again and again, and no mistake in positions or masks would show."""
@@ -163,7 +197,7 @@ def spread_weights(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_matrix = parameter.ndim == 2 or "experts" in name
-            if not is_matrix or not ("language_model" in name or "lm_head" in name or "projector" in name):
+            if not is_matrix or not any(part in name for part in SPREAD):
                 continue
             scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[-1] ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
@@ -210,6 +244,8 @@ def make_inputs(family: Family, rows: list[tuple[list, str]], padding_side: str 
     processor = load_processor(family)
     texts = [prompt(processor, len(images), text) for images, text in rows]
     images = [image for row, _ in rows for image in row]
+    if family.nested and images:
+        images = [row for row, _ in rows]
     return processor(images=images or None, text=texts, return_tensors="pt", padding=True, padding_side=padding_side)
 
 
@@ -223,7 +259,7 @@ def states_before_pruning(family, inputs):
     """The input of the pruning layer, [length, hidden], and the keys of the layer below, [heads, length, dim], of a request of
     one row."""
     model, captured = load_stock(family), {}
-    cache, layer = DynamicCache(config=model.config), model.model.language_model.layers[family.layer]
+    cache, layer = DynamicCache(config=model.config), model.get_decoder().layers[family.layer]
     hook = layer.register_forward_pre_hook(lambda module, args: captured.update(states=args[0]))
     with torch.no_grad():
         model(**inputs, **{CACHE_NAME: cache})

@@ -96,7 +96,7 @@ def after_saving(repo: str, picture: str) -> dict:
         "keys": sorted([*info["missing_keys"], *info["unexpected_keys"]]),
         "ratio": saved_model.config.pruning_ratio,
         "same_logits": torch.equal(outputs.logits, saved_outputs.logits),
-        "kept": [saved_outputs.pruning_record.num_kept, saved_outputs.pruning_record.num_visual],
+        "kept": [(grid.num_kept, grid.num_visual) for grid in saved_outputs.pruning_record],
     }
 
 

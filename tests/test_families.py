@@ -216,13 +216,14 @@ def test_eager_and_sdpa_agree(family, rows):
     torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
 
 
-# Of the families that support it one is tried: the kernel takes half a minute to compile, and the masks are made alike.
-FLEX_LIKE_LLAVA = ("llava_next", "llava_onevision", "qwen3_vl_moe", "glm4v_moe")
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FLEX_LIKE_LLAVA])
+@pytest.mark.parametrize(
+    "name", [name for name, family in FAMILIES.items() if name == "llava" or not family.stock_class._supports_flex_attn]
+)
 def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
-    """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile)."""
+    """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile).
+
+    Of the families that support it one: the kernel takes half a minute to compile, and the masks are made alike.
+    """
     family = FAMILIES[name]
     if not family.stock_class._supports_flex_attn:
         with pytest.raises(ValueError, match=r"does not support .*flex_attention"):
@@ -307,10 +308,12 @@ def test_rows_that_end_with_an_image_equal_single_rows(family):
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
             padded = [torch.nn.functional.pad(row[name], (length - row[name].shape[1], 0)) for row in rows]
             batch[name] = torch.cat(padded)
-        elif name == "pixel_values" and rows[0][name].ndim == 5 and len({row[name].shape[1] for row in rows}) > 1:
+        elif name == "pixel_attention_mask" or (name == "pixel_values" and rows[0][name].ndim == 5):
             tiles = max(row[name].shape[1] for row in rows)
-            pad = [torch.nn.functional.pad(row[name], (0, 0) * 3 + (0, tiles - row[name].shape[1])) for row in rows]
-            batch[name] = torch.cat(pad)
+            inner = (0, 0) * (rows[0][name].ndim - 2)
+            batch[name] = torch.cat(
+                [torch.nn.functional.pad(row[name], (*inner, 0, tiles - row[name].shape[1])) for row in rows]
+            )
         else:
             batch[name] = torch.cat([row[name] for row in rows])
     together = generate(model, batch)
@@ -332,25 +335,25 @@ def test_speculative_decoding_after_an_image_equals_greedy(family):
 # The whole path once more, by hand
 
 
-def decoder_inputs(family, inputs):
+def decoder_inputs(family, inputs, stock=None):
     """What the stock model hands to its decoder."""
     captured = {}
-    stock = load_stock(family)
+    stock = stock or load_stock(family)
 
     def keep(module, args, kwargs):
         captured.update(kwargs)
 
-    hook = stock.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = stock.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         stock(**inputs)
     hook.remove()
     return captured
 
 
-def forward_by_hand(family, inputs, record):
+def forward_by_hand(family, inputs, record, stock=None):
     """The pruned forward of one row, layer by layer on the stock model's layers: the logits and the kept columns."""
-    stock, given = load_stock(family), decoder_inputs(family, inputs)
-    decoder, hidden = stock.model.language_model, given["inputs_embeds"]
+    stock, given = stock or load_stock(family), decoder_inputs(family, inputs, stock)
+    decoder, hidden = stock.get_decoder(), given["inputs_embeds"]
     length = hidden.shape[1]
     positions = given["position_ids"] if given["position_ids"] is not None else torch.arange(length)[None]
     cos, sin = decoder.rotary_emb(hidden, positions[-3:] if positions.ndim == 3 else positions)
@@ -924,7 +927,8 @@ def test_half_precision_is_finite(family, rows, dtype):
 @pytest.mark.parametrize("device", ["cpu", "disk"])
 def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path, device):
     load_pruned(family).save_pretrained(tmp_path / "model")
-    layers = "model.language_model.layers"
+    decoder = load_pruned(family).get_decoder()
+    layers = next(name for name, module in load_pruned(family).named_modules() if module is decoder.layers)
     device_map = {
         name.removesuffix(".weight").removesuffix(".bias"): "cpu" for name, _ in load_pruned(family).named_parameters()
     }
@@ -940,7 +944,7 @@ def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path
 def test_layers_are_found_by_the_name_of_the_stock_layer(family):
     """`device_map` and FSDP go by these names: a layer is never split, and wrapping needs no name of ours."""
     model, stock = load_pruned(family), load_stock(family)
-    layer, stock_layer = (type(each.model.language_model.layers[0]) for each in (model, stock))
+    layer, stock_layer = (type(each.get_decoder().layers[0]) for each in (model, stock))
     assert layer is not stock_layer and issubclass(layer, stock_layer) and layer.__name__ == stock_layer.__name__
     assert set(model._no_split_modules) == set(stock._no_split_modules) and layer.__name__ in model._no_split_modules
 
@@ -1039,7 +1043,7 @@ def test_pixels_of_an_earlier_turn_are_named(family, one_image):
         cache = cache_of(model(**one_image, use_cache=True))
     second = make_inputs(family, [([picture(2)], "And now?")])
     turn = later_turn(one_image, second)
-    of_images = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+    of_images = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "batch_num_images")
     pixels = {name: value for name, value in one_image.items() if name in of_images}
     both = turn | {name: torch.cat([value, turn[name]]) for name, value in pixels.items()}
     past_length = one_image["input_ids"].shape[1]
@@ -1051,7 +1055,7 @@ def test_arguments_by_position_are_the_stock_class_s(family, one_image):
     model, stock = load_pruned(family, pruning_ratio=0.0), load_stock(family)
     for ours, theirs in ((model, stock), (model.model, stock.model)):
         names = list(inspect.signature(theirs.forward).parameters)
-        last = min(max(names.index(each) for each in one_image if each in names), 6)
+        last = min(max(names.index(each) for each in one_image if each in names), 5)
         args = [one_image.get(name) for name in names[: last + 1]]
         rest = {name: value for name, value in one_image.items() if name not in names[: last + 1]}
         with torch.no_grad():

@@ -129,7 +129,7 @@ def by_hand(family, name, inputs, model, record):
     """
     stock, given = load_stock(family, attn="eager"), decoder_inputs(family, inputs)
     settings = model.config.pruning_settings()
-    decoder, hidden = stock.model.language_model, given["inputs_embeds"]
+    decoder, hidden = stock.get_decoder(), given["inputs_embeds"]
     method = settings.method_for(len(decoder.layers))
     length = hidden.shape[1]
     places = given["position_ids"] if given["position_ids"] is not None else torch.arange(length)[None]
@@ -506,12 +506,12 @@ def test_packed_positions_count_kept_tokens_alone(name):
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append((module.layer_idx, kwargs["position_embeddings"])), with_kwargs=True
         )
-        for layer in model.model.language_model.layers
+        for layer in model.get_decoder().layers
     ]
     packed = generate(model, inputs, max_new_tokens=3)
     for hook in hooks:
         hook.remove()
-    record, rotary = cache_of(packed).pruning_record, model.model.language_model.rotary_emb
+    record, rotary = cache_of(packed).pruning_record, model.get_decoder().rotary_emb
     calls = [seen[start : start + 4] for start in range(0, len(seen), 4)]
     length = inputs["attention_mask"].sum(1)
     for layer in range(4):

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
 
-from vlmpruner.processing import GAP, LEGEND_HEIGHT, DrawMixin, SeenImages, order_color
+from vlmpruner.processing import GAP, LEGEND_HEIGHT, DrawMixin, SeenImages, order_color, sides_of
 
 
 LLAVA = FAMILIES["llava"]
@@ -65,6 +66,7 @@ def frame_colors(drawn: Image.Image, order) -> np.ndarray:
 def test_same_inputs_as_the_stock_processor(family):
     stock, ours = (each.from_pretrained(family.checkpoint) for each in (AutoProcessor, family.processor_class))
     images, texts = [picture(1), picture(2, 200, 300)], [prompt(stock, 1), prompt(stock, 1, "And this?")]
+    images = [[image] for image in images] if family.nested else images
     expected = stock(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
     inputs = ours(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
     assert inputs.keys() == expected.keys()
@@ -139,12 +141,20 @@ def ramps(width: int, height: int) -> Image.Image:
 
 def views_of(drawn: Image.Image, grids) -> list[np.ndarray]:
     """The parts of a drawn picture that show each grid, as [height, width, 3]."""
-    height = drawn.height - LEGEND_HEIGHT
-    patch = height // max(rows for rows, _ in grids)
-    lefts = np.cumsum([0, *(columns * patch + GAP for _, columns in grids)])
-    assert drawn.width == lefts[-1] - GAP
-    pixels = np.asarray(drawn).astype(int)
-    return [pixels[: rows * patch, left : left + columns * patch] for (rows, columns), left in zip(grids, lefts, strict=False)]
+    in_row = math.ceil(math.sqrt(len(grids)))
+    sheet = [grids[first : first + in_row] for first in range(0, len(grids), in_row)]
+    height = drawn.height - LEGEND_HEIGHT - GAP * (len(sheet) - 1)
+    patch = height // sum(max(rows for rows, _ in row) for row in sheet)
+    pixels, views, top = np.asarray(drawn).astype(int), [], 0
+    for row in sheet:
+        lefts = np.cumsum([0, *(columns * patch + GAP for _, columns in row)])
+        assert drawn.width == lefts[-1] - GAP or row is not sheet[0]
+        views += [
+            pixels[top : top + rows * patch, left : left + columns * patch]
+            for (rows, columns), left in zip(row, lefts, strict=False)
+        ]
+        top += max(rows for rows, _ in row) * patch + GAP
+    return views
 
 
 def draw_everything(family, image: Image.Image) -> list[np.ndarray]:
@@ -157,7 +167,8 @@ def draw_everything(family, image: Image.Image) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 500)])
 def test_patches_lie_where_they_are_in_the_picture(family, size):
-    for number, view in enumerate(draw_everything(family, ramps(*size))):
+    views = draw_everything(family, ramps(*size))
+    for number, view in enumerate(views if len(views) <= 2 else views[-1:]):  # of tiles: test_tiles.py
         height, width = view.shape[:2]
         y, x = (np.mgrid[:height, :width] + 0.5) / np.array([height, width])[:, None, None]
         if family.name == "llava":  # which cuts a square out of the middle
@@ -167,9 +178,9 @@ def test_patches_lie_where_they_are_in_the_picture(family, size):
         shown = view[..., 2] < 20
         if number == 1:  # the outermost patches may show padding
             shown[:PATCH] = shown[-PATCH:] = shown[:, :PATCH] = shown[:, -PATCH:] = False
-        assert shown.mean() > 0.4
+        assert shown.mean() > 0.3
         error = np.abs(view[..., :2] - 255 * np.stack([x, y], -1))[shown].max()
-        assert error < (3 if number == 0 else 5)
+        assert error < (3 if number == 0 else max(5, 128 / min(family.grids[size][number])))  # half a patch
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -288,7 +299,8 @@ def photo(tmp_path):
 def is_upright(drawn: Image.Image, record) -> bool:
     """Whether each view is red above, and not at the left."""
     answers = set()
-    for view in views_of(drawn, [each.grid[-2:] for each in record]):
+    views = views_of(drawn, [each.grid[-2:] for each in record])
+    for view in views if len(views) <= 2 else views[-1:]:  # the last of several tiles shows the whole
         redness = view[..., 0] - view[..., 2]
         above, left = redness[: len(redness) // 4].mean(), redness[:, : redness.shape[1] // 4].mean()
         assert max(above, left) > 50 + min(above, left)
@@ -359,7 +371,7 @@ def test_a_picture_of_another_grid_is_named(family):
         record = [entry([1], image=0), entry([1], image=1, grid=(12, 12))]
     grids = {number: [each.grid for each in record if each.image == number] for number in (0, 1)}
     images = images if family.name == "llava" else [images[0], picture(3, 800, 200)]
-    right = " and ".join(f"{rows} x {columns}" for rows, columns in grids[1])
+    right = re.escape(sides_of(grids[1]))
     with pytest.raises(
         ValueError, match=rf"Image 1 \(counted from 0\) makes a grid of .+ tokens, but the record has {right}\."
     ):
