@@ -539,7 +539,7 @@ def test_packed_positions_are_refused_with_three_axes():
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", map(FAMILIES.get, WITH_TOWER), ids=WITH_TOWER)
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in WITH_TOWER], ids=WITH_TOWER)
 def test_what_the_tower_attends_to_equals_its_eager_maps(family, attn, monkeypatch):
     """Of one picture in tiles and of two; and with no more than a few rows of a map at a time."""
     model = copy.deepcopy(load_pruned(family, attn=attn))
@@ -682,6 +682,7 @@ def tables_of_methods():
     return tables
 
 
+@pytest.mark.once
 def test_the_tables_of_the_document_are_what_the_registry_says():
     first, choice = tables_of_methods()
     assert [*first] == [*METHODS, "none"] and [*choice] == [*METHODS]
@@ -709,6 +710,7 @@ def test_the_tables_of_the_document_are_what_the_registry_says():
         assert (depends, later) == (("yes", "answers the earlier question") if sees_text else ("no", "stays as it is"))
 
 
+@pytest.mark.once
 def test_the_documented_ratio_has_the_mean_that_it_is_for():
     for name, first_layer, mean in (("divprune", 0, 96), ("fastv", 2, 96), ("btp", 3, 150), ("pyramiddrop", 8, 200)):
         method = METHODS[name](METHODS[name].Parameters(), 2, 32)
