@@ -686,6 +686,7 @@ def tables_of_methods():
     return tables
 
 
+@pytest.mark.once
 def test_the_tables_of_the_document_are_what_the_registry_says():
     first, choice = tables_of_methods()
     assert [*first] == [*METHODS, "none"] and [*choice] == [*METHODS]
@@ -713,6 +714,7 @@ def test_the_tables_of_the_document_are_what_the_registry_says():
         assert (depends, later) == (("yes", "answers the earlier question") if sees_text else ("no", "stays as it is"))
 
 
+@pytest.mark.once
 def test_the_documented_ratio_has_the_mean_that_it_is_for():
     for name, first_layer, mean in (("divprune", 0, 96), ("fastv", 2, 96), ("btp", 3, 150), ("pyramiddrop", 8, 200)):
         method = METHODS[name](METHODS[name].Parameters(), 2, 32)

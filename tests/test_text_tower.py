@@ -114,6 +114,7 @@ def test_it_is_loaded_once_and_is_no_part_of_the_model(clip, tmp_path, monkeypat
     assert content["pruning_text_tower"] == clip and not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.once
 def test_what_is_wrong_is_named(clip, tmp_path):
     inputs = make_inputs(LLAVA, ROWS)
     model = load(clip)
