@@ -159,7 +159,7 @@ class DrawMixin:
                 raise ValueError(f"Neither the image processor nor the video processor has an option {name!r}.")
         drawn = []
         for pictures, entries in self.seen_media("image", images, record, inputs, kwargs):
-            drawn.append(with_legend(draw_grids(pictures, entries, first), entries, len(pictures), first))
+            drawn.append(with_legend(draw_grids(pictures, entries, first), entries, ceil(sqrt(len(pictures))), first))
         for pictures, entries in self.seen_media("video", videos, record, inputs, kwargs):
             drawn.append(with_legend(draw_grids(pictures, entries, first), entries, ceil(sqrt(len(pictures))), first))
         return drawn

@@ -422,7 +422,7 @@ class PrunedForConditionalGenerationMixin:
         raise ValueError(
             f"{cls.__name__} would run unpruned in this engine. vLLM serves LLaVA and Qwen-VL models pruned with the plugin of "
             'this project: run pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start '
-            "vLLM again. The plugin refuses other families, as this one if it is installed: use `transformers serve`."
+            "vLLM again. Others are served by `transformers serve` alone."
         )
 
     @classmethod
