@@ -66,9 +66,11 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def clone(tmp_path):
-    """What a reader stands in: the repository, with a photo in it, in which nothing is written through."""
+    """What a reader stands in: the repository, with a photo in it. Folders are links, in which nothing here writes."""
     for path in ROOT.iterdir():
-        if not path.name.startswith("."):
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+        elif not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
     shutil.copy(ROOT / "docs" / "scene.png", tmp_path / "photo.jpg")
     return tmp_path

@@ -147,7 +147,8 @@ def test_pictures_of_other_kinds_are_answered(asker, tmp_path):
 def test_drawing_follows_the_order_of_selection(asker):
     drawing = last(asker, PICTURE, QUESTION, DEFAULT)[2]
     pictures = [asker.draw(drawing, first) for first in (0, 1, 64)]
-    assert len({picture.tobytes() for picture in pictures}) == 3
+    grids = [picture.crop((0, 0, 672, 672)).tobytes() for picture in pictures]  # without the legend below
+    assert len(set(grids)) == 3
     assert pictures[2].tobytes() == asker.processor.draw_kept_tokens(record=drawing.record, inputs=drawing.pixels)[0].tobytes()
 
 
