@@ -26,12 +26,16 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
+    Glm4vConfig,
+    Glm4vMoeConfig,
+    Glm46VConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -444,6 +448,42 @@ class VLMPrunerQwen3VLConfig(PruningConfig, Qwen3VLConfig):
     model_type = "vlmpruner_qwen3_vl"
     base_model_type = "qwen3_vl"
     auto_map_targets = auto_map("Qwen3VL", "modeling_vlmpruner_qwen3vl")
+
+
+@strict
+class VLMPrunerQwen3VLMoeConfig(PruningConfig, Qwen3VLMoeConfig):
+    """Qwen3-VL with experts, with pruning. See `PruningConfig` for the keys that this adds to `Qwen3VLMoeConfig`."""
+
+    model_type = "vlmpruner_qwen3_vl_moe"
+    base_model_type = "qwen3_vl_moe"
+    auto_map_targets = auto_map("Qwen3VLMoe", "modeling_vlmpruner_qwen3vl")
+
+
+@strict
+class VLMPrunerGlm4vConfig(PruningConfig, Glm4vConfig):
+    """GLM-4.1V and GLM-4.6V-Flash with pruning. See `PruningConfig` for the keys that this adds to `Glm4vConfig`."""
+
+    model_type = "vlmpruner_glm4v"
+    base_model_type = "glm4v"
+    auto_map_targets = auto_map("Glm4v", "modeling_vlmpruner_glm4v")
+
+
+@strict
+class VLMPrunerGlm4vMoeConfig(PruningConfig, Glm4vMoeConfig):
+    """GLM-4.5V and GLM-4.6V with pruning. See `PruningConfig` for the keys that this adds to `Glm4vMoeConfig`."""
+
+    model_type = "vlmpruner_glm4v_moe"
+    base_model_type = "glm4v_moe"
+    auto_map_targets = auto_map("Glm4vMoe", "modeling_vlmpruner_glm4v")
+
+
+@strict
+class VLMPrunerGlm46VConfig(PruningConfig, Glm46VConfig):
+    """A `glm46v` model with pruning. See `PruningConfig` for the keys that this adds to `Glm46VConfig`."""
+
+    model_type = "vlmpruner_glm46v"
+    base_model_type = "glm46v"
+    auto_map_targets = auto_map("Glm46V", "modeling_vlmpruner_glm4v")
 
 
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.

@@ -93,6 +93,7 @@ TOKENIZER_FILES = [
     "tokenizer.model",
 ]
 IMAGE_FILES = ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"]
+PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json"]
 TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
 MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
@@ -450,7 +451,23 @@ def pruned_config(checkpoint: Base, pruning: dict):
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{CONFIG} of {checkpoint.name} can not be read: {describe(error)}") from error
     config.architectures = [config.auto_map["AutoModelForImageTextToText"].split(".")[1]]
+    config.auto_map["AutoProcessor"] = processor_reference(checkpoint, config_class)
     return config
+
+
+def processor_reference(checkpoint: Base, config_class: type) -> str:
+    """`module.Class` of our processor for the checkpoint.
+
+    It is the family's, unless the checkpoint's files name another that we have: the library goes by these, not by the model.
+    GLM-4.6V-Flash is a `glm4v` model with a processor of its own, which writes the timestamps of videos in another way.
+    """
+    default = config_class.auto_map_targets["AutoProcessor"]
+    files = [checkpoint.read_json(name) for name in PROCESSOR_FILES if (checkpoint.folder / name).is_file()]
+    named = next((content["processor_class"] for content in files if content.get("processor_class")), None)
+    ours = f"VLMPruner{str(named).removeprefix('VLMPruner')}"
+    if named == stock_class(own(default)).__name__ or ours not in own("processing.__all__"):
+        return default
+    return f"processing.{ours}"
 
 
 def stock_config(checkpoint: Base, pruning: dict):
@@ -611,7 +628,7 @@ def write_processor(folder: Path, checkpoint: Base, config) -> None:
     if is_pruned(config):
         processor_class = own(config.auto_map["AutoProcessor"])
     else:
-        processor_class = stock_class(own(config_classes()[config.model_type].auto_map_targets["AutoProcessor"]))
+        processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
         for key in getattr(config, "processor_keys", ()):

@@ -1,17 +1,23 @@
-"""Qwen3-VL with pruning: the difference to transformers' classes.
+"""Qwen3-VL, dense and with experts, with pruning: the difference to transformers' classes.
 
 What is Qwen3-VL's own, beside what `modeling_vlmpruner_qwen2vl.py` says: timestamps stand between the temporal slices of a
 video, so its tokens are separate runs; and the first decoder layers are followed by visual features (DeepStack), which must
-reach exactly the tokens that are still there.
+reach exactly the tokens that are still there. What experts add, their router's logits and loss, is in `pruned_model.py`.
 """
 
 import torch
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import (
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeModel,
+)
 from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 from transformers.utils import can_return_tuple
 
-from .configuration_vlmpruner import VLMPrunerQwen3VLConfig
+from .configuration_vlmpruner import VLMPrunerQwen3VLConfig, VLMPrunerQwen3VLMoeConfig
 from .modeling_vlmpruner_qwen2vl import PrunedQwenForConditionalGenerationMixin, PrunedQwenModelMixin
 from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import pruned_forward
@@ -21,11 +27,12 @@ class Qwen3VLTextDecoderLayer(PrunedLayerMixin, modeling_qwen3_vl.Qwen3VLTextDec
     """Qwen3-VL's layer, which follows a plan."""
 
 
-class VLMPrunerQwen3VLModel(PrunedQwenModelMixin, Qwen3VLModel):
-    """`Qwen3VLModel` whose decoder drops visual tokens."""
+class Qwen3VLMoeTextDecoderLayer(PrunedLayerMixin, modeling_qwen3_vl_moe.Qwen3VLMoeTextDecoderLayer):
+    """The layer of Qwen3-VL with experts, which follows a plan."""
 
-    config: VLMPrunerQwen3VLConfig
-    decoder_layers = (Qwen3VLTextDecoderLayer,)
+
+class PrunedQwen3VLModelMixin(PrunedQwenModelMixin):
+    """Put in front of a stock Qwen3-VL model."""
 
     @can_return_tuple
     def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor | None = None, **kwargs):
@@ -43,6 +50,13 @@ class VLMPrunerQwen3VLModel(PrunedQwenModelMixin, Qwen3VLModel):
         return after_layer
 
 
+class VLMPrunerQwen3VLModel(PrunedQwen3VLModelMixin, Qwen3VLModel):
+    """`Qwen3VLModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerQwen3VLConfig
+    decoder_layers = (Qwen3VLTextDecoderLayer,)
+
+
 class VLMPrunerQwen3VLForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen3VLForConditionalGeneration):
     """`Qwen3VLForConditionalGeneration` that removes visual tokens inside the decoder."""
 
@@ -57,4 +71,30 @@ class VLMPrunerQwen3VLForConditionalGeneration(PrunedQwenForConditionalGeneratio
     forward = pruned_forward(Qwen3VLForConditionalGeneration)
 
 
-__all__ = ["VLMPrunerQwen3VLForConditionalGeneration", "VLMPrunerQwen3VLModel"]
+class VLMPrunerQwen3VLMoeModel(PrunedQwen3VLModelMixin, Qwen3VLMoeModel):
+    """`Qwen3VLMoeModel` whose decoder drops visual tokens."""
+
+    config: VLMPrunerQwen3VLMoeConfig
+    decoder_layers = (Qwen3VLMoeTextDecoderLayer,)
+
+
+class VLMPrunerQwen3VLMoeForConditionalGeneration(PrunedQwenForConditionalGenerationMixin, Qwen3VLMoeForConditionalGeneration):
+    """`Qwen3VLMoeForConditionalGeneration` that removes visual tokens inside the decoder."""
+
+    config: VLMPrunerQwen3VLMoeConfig
+
+    def __init__(self, config: VLMPrunerQwen3VLMoeConfig):
+        super(Qwen3VLMoeForConditionalGeneration, self).__init__(config)
+        self.model = VLMPrunerQwen3VLMoeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = pruned_forward(Qwen3VLMoeForConditionalGeneration)
+
+
+__all__ = [
+    "VLMPrunerQwen3VLForConditionalGeneration",
+    "VLMPrunerQwen3VLModel",
+    "VLMPrunerQwen3VLMoeForConditionalGeneration",
+    "VLMPrunerQwen3VLMoeModel",
+]

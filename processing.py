@@ -16,6 +16,8 @@ from math import ceil, isqrt, sqrt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import (
+    Glm4vProcessor,
+    Glm46VProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
@@ -537,7 +539,8 @@ class VLMPrunerLlavaOnevisionProcessor(AnyResolutionDrawMixin, LlavaOnevisionPro
 
 
 class QwenDrawMixin(DrawMixin):
-    """For Qwen's image and video processors, which give merged patches in a row. Of a slice's two frames the first is shown."""
+    """For Qwen's and GLM's image and video processors, which give merged patches in a row. Of a slice's two frames the first is
+    shown."""
 
     def image_views(self, inputs, settings):
         return join_merged_patches(inputs["pixel_values"], inputs["image_grid_thw"], settings)
@@ -574,6 +577,22 @@ class VLMPrunerQwen2_5_VLProcessor(QwenDrawMixin, Qwen2_5_VLProcessor):
 
 class VLMPrunerQwen3VLProcessor(QwenDrawMixin, Qwen3VLProcessor):
     """The processor of Qwen3-VL with `draw_kept_tokens`."""
+
+
+class VLMPrunerQwen3VLMoeProcessor(VLMPrunerQwen3VLProcessor):
+    """The processor of Qwen3-VL with experts, which is that of Qwen3-VL."""
+
+
+class VLMPrunerGlm4vProcessor(QwenDrawMixin, Glm4vProcessor):
+    """The processor of GLM-4.1V with `draw_kept_tokens`."""
+
+
+class VLMPrunerGlm4vMoeProcessor(VLMPrunerGlm4vProcessor):
+    """The processor of GLM-4.5V, which is that of GLM-4.1V."""
+
+
+class VLMPrunerGlm46VProcessor(QwenDrawMixin, Glm46VProcessor):
+    """The processor of the GLM-4.6V models, of whichever model type, with `draw_kept_tokens`."""
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]

@@ -16,6 +16,7 @@ Notable choices:
   budget may stay unfilled (`fill_budget=False`).
 """
 
+import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -380,6 +381,10 @@ class PruningStage:
             self._whole = self.packing.following(self.earlier.whole_packing)
         return self._whole
 
+    def unpack_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[batch * packed_length, n] -> [batch * length, n], zero where a token was dropped."""
+        return self.whole_packing.unpack(rows.unflatten(0, self.packing.index.shape)).flatten(0, 1)
+
 
 class PruningPlan:
     """What one forward call does at and above the first pruning layer.
@@ -477,7 +482,8 @@ class PruningPlan:
         return stage if stage is not None and stage.layer == layer_idx else None
 
     def unpack_outputs(self, outputs) -> None:
-        """Give the decoder's `last_hidden_state` and `hidden_states` the caller's sequence length again, in place."""
+        """Give the decoder's `last_hidden_state`, `hidden_states` and `router_logits` the caller's sequence length again, in
+        place."""
         if self.packing is None:
             return
         outputs["last_hidden_state"] = self.packing.unpack(outputs.last_hidden_state)
@@ -488,6 +494,24 @@ class PruningPlan:
                     map(self.stage_of, range(-1, len(outputs.hidden_states) - 1)), outputs.hidden_states, strict=True
                 )
             )
+
+        if outputs.get("router_logits") is not None:
+            stages = map(self.stage_of, self._layers_with_router())
+            outputs["router_logits"] = tuple(
+                logits if stage is None else stage.unpack_rows(logits)
+                for stage, logits in zip(stages, outputs.router_logits, strict=True)
+            )
+
+    def routed(self, router_logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Of the logits [batch * length, num_experts] of each layer with a router, the rows of the tokens that it ran on."""
+        rows = []
+        for stage, logits in zip(map(self.stage_of, self._layers_with_router()), router_logits, strict=True):
+            is_routed = self._new_mask(self.packing.kept.shape[1]) if stage is None else stage.whole_packing.kept
+            rows.append(logits if is_routed is None else logits[is_routed.flatten().to(logits.device)])
+        return tuple(rows)
+
+    def _layers_with_router(self) -> list[int]:
+        return [number for number, layer in enumerate(self.decoder.layers) if hasattr(layer.mlp, "gate")]
 
     def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
@@ -785,9 +809,8 @@ def projected(layer: nn.Module, name: str, hidden_states: torch.Tensor, embeddin
     if hasattr(attention, f"{name}_norm"):
         states = getattr(attention, f"{name}_norm")(states)
     states = states.transpose(1, 2)
-    cos, sin = (part[:, None].to(states.device) for part in embeddings)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # some rotate pairs, or a part of each head
+    return rotate(states, states, *(part.to(states.device) for part in embeddings))[0]
 
 
 def _on_device(layer_inputs: dict, device: torch.device) -> dict:

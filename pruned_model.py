@@ -3,12 +3,14 @@
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -303,9 +305,7 @@ class PrunedModelMixin:
     ) -> tuple[list[VisualTokens], torch.Tensor]:
         """Put the features at their placeholders."""
         features_of = {modality: list(outputs.pooler_output) for modality, outputs in encoded.items()}
-        num_features_of = {
-            getattr(self.config, f"{modality}_token_id"): sum(map(len, features)) for modality, features in features_of.items()
-        }
+        num_features_of = {self.placeholder_id(modality): sum(map(len, features)) for modality, features in features_of.items()}
         input_ids = request.without_drafted(input_ids, num_features_of)
         visuals, placeholder_embeds = [], inputs_embeds
         for modality, features in features_of.items():
@@ -316,6 +316,10 @@ class PrunedModelMixin:
             views = [self.grid_views_of(modality, image) for image in features]
             visuals.append(VisualTokens(modality, mask[..., 0], features, views))
         return visuals, inputs_embeds
+
+    def placeholder_id(self, modality: str) -> int:
+        """The token id that holds the place of a modality's features."""
+        return getattr(self.config, f"{modality}_token_id")
 
     def grid_views_of(self, modality: str, features: torch.Tensor) -> Sequence[GridView]:
         """The grids of one image or video, as its encoder noted them.
@@ -359,8 +363,14 @@ class PrunedForConditionalGenerationMixin:
         """Asked by engines that run a decoder's layers in a loop of their own, where nothing would be pruned.
 
         Raises:
-            ValueError: always. It says how to serve the model pruned.
+            ValueError: always. It says how to serve the model pruned, or that the plugin for vLLM does not serve this family.
         """
+        try:
+            from vlmpruner_vllm.families import family_of
+        except ImportError:
+            pass
+        else:
+            family_of(SimpleNamespace(architectures=[cls.__name__]))
         raise ValueError(
             f"{cls.__name__} would run unpruned in this engine. vLLM serves it pruned with the plugin of this project: run "
             'pip install "vlmpruner[vllm]" (in a clone of the repository, pip install ".[vllm]"), and start vLLM again.'
@@ -485,7 +495,7 @@ class PrunedForConditionalGenerationMixin:
 
     def repeated_order(self, modality: str, features, repeats: int, input_ids, inputs: dict) -> list[int]:
         """Which image or video stands at each place when rows are repeated one after another."""
-        token = torch.tensor(getattr(self.config, f"{modality}_token_id"), device=self.device)
+        token = torch.tensor(self.model.placeholder_id(modality), device=self.device)
         if input_ids is not None and input_ids.numel() > 0:
             is_placeholder = input_ids == token
         else:
@@ -594,6 +604,9 @@ def pruned_forward(stock_class: type) -> Callable:
 
     What was kept is an attribute `pruning_record` of the outputs and none of their items, which are tensors as the stock
     class's. Labels that a dropped token would have to predict do not count in the loss.
+
+    Of models with experts, `router_logits` are one tensor [batch * length, num_experts] for each layer with a router, as in the
+    stock class, zero where a token was dropped before that layer; `aux_loss` counts the tokens that each layer has routed.
     """
     stock_forward = stock_class.forward
     parameters = list(inspect.signature(stock_forward).parameters.values())
@@ -608,9 +621,14 @@ def pruned_forward(stock_class: type) -> Callable:
         num_outputs = kwargs.pop("num_needed_outputs", logits_to_keep if isinstance(logits_to_keep, int) else 0)
         request = PruningRequest(pruning_ratio, num_outputs, has_labels=labels is not None)
         outputs = stock_forward(self, **kwargs, pruning_request=request, return_dict=True)
+        aux_loss = outputs.get("aux_loss")
+        if aux_loss is not None and request.dropped is not None:
+            aux_loss = outputs["aux_loss"] = load_balancing_loss(self, outputs.router_logits, request.plan)
         if labels is not None:
             options = {name: value for name, value in kwargs.items() if name not in names}
             loss = supervised_loss(self, outputs.logits, labels, request.dropped, logits_to_keep, options)
+            if aux_loss is not None:
+                loss = loss + self.config.get_text_config().router_aux_loss_coef * aux_loss.to(loss.device)
             outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
         outputs.pruning_record = request.record
         return outputs
@@ -618,6 +636,14 @@ def pruned_forward(stock_class: type) -> Callable:
     forward.__signature__ = inspect.Signature([*parameters[:-1], ratio, parameters[-1]])
     forward.__doc__ = stock_forward.__doc__
     return forward
+
+
+def load_balancing_loss(model, router_logits: Sequence[torch.Tensor], plan: PruningPlan) -> torch.Tensor:
+    """The stock class's (arXiv 2101.03961, equations 4 to 6, over all layers at once), of the tokens that were routed: in each
+    layer those that it ran on, without what was dropped before it and without padding."""
+    routed = plan.routed(router_logits)
+    stock_loss = sys.modules[stock_class(type(model)).__module__].load_balancing_loss_func
+    return stock_loss(routed, routed[0].shape[-1], model.config.get_text_config().num_experts_per_tok)
 
 
 def supervised_loss(

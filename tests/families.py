@@ -74,6 +74,10 @@ class Family:
 
 QWEN_GRIDS = {(640, 480): [(13, 18)], (300, 500): [(18, 11)]}
 QWEN_OPTIONS = [{"size": {"shortest_edge": 56 * 56, "longest_edge": 110 * 110}}, {"do_resize": False}]
+QWEN3_GRIDS = {(640, 480): [(13, 18)], (300, 500): [(16, 9)]}
+QWEN3_OPTIONS = [{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}]
+GLM_GRIDS = {(640, 480): [(11, 15)], (300, 500): [(17, 10)]}
+GLM_OPTIONS = [{"size": {"shortest_edge": 56 * 56, "longest_edge": 2 * 110 * 110}}, {"do_resize": False}]
 
 FAMILIES = {
     family.name: family
@@ -96,12 +100,12 @@ FAMILIES = {
             tile=100,
         ),
         Family(name="qwen2_vl", grids=QWEN_GRIDS, options=QWEN_OPTIONS),
-        Family(name="qwen2_5_vl", grids=QWEN_GRIDS, options=QWEN_OPTIONS),
-        Family(
-            name="qwen3_vl",
-            grids={(640, 480): [(13, 18)], (300, 500): [(16, 9)]},
-            options=[{"size": {"shortest_edge": 64 * 64, "longest_edge": 110 * 110}}, {"do_resize": False}],
-        ),
+        Family(name="qwen2_5_vl", grids=QWEN_GRIDS, options=QWEN_OPTIONS, like="qwen2_vl"),
+        Family(name="qwen3_vl", grids=QWEN3_GRIDS, options=QWEN3_OPTIONS),
+        Family(name="qwen3_vl_moe", grids=QWEN3_GRIDS, options=QWEN3_OPTIONS, like="qwen3_vl"),
+        Family(name="glm4v", grids=GLM_GRIDS, options=GLM_OPTIONS),
+        Family(name="glm4v_moe", grids=GLM_GRIDS, options=GLM_OPTIONS, like="glm4v"),
+        Family(name="glm46v", grids=GLM_GRIDS, options=GLM_OPTIONS, like="glm4v"),
     )
 }
 
@@ -142,9 +146,10 @@ def spread_weights(model):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim != 2 or not ("language_model" in name or "lm_head" in name or "projector" in name):
+            is_matrix = parameter.ndim == 2 or "experts" in name
+            if not is_matrix or not ("language_model" in name or "lm_head" in name or "projector" in name):
                 continue
-            scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[1] ** 0.5
+            scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[-1] ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 

@@ -800,6 +800,25 @@ def test_processor_of_the_repo_equals_the_base_ones(family, exported):
     assert processor.chat_template == base_processor.chat_template
 
 
+def test_the_processor_is_the_one_that_the_files_name(tmp_path):
+    """GLM-4.6V-Flash is a `glm4v` model whose processor writes timestamps in another way than that of GLM-4.1V."""
+    base = Path(shutil.copytree(FAMILIES["glm4v"].checkpoint, tmp_path / "base"))
+    for name, part in {"preprocessor_config.json": "Image", "video_preprocessor_config.json": "Video"}.items():
+        edit_json(
+            base / name, **{"processor_class": "Glm46VProcessor", f"{part.lower()}_processor_type": f"Glm46V{part}Processor"}
+        )
+    repo = quietly(base, tmp_path / "pruned")
+    trained = tmp_path / "trained"
+    AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True).save_pretrained(trained)
+    AutoProcessor.from_pretrained(repo, trust_remote_code=True).save_pretrained(trained)
+    for pruned in (repo, quietly(trained, tmp_path / "again")):
+        processor = AutoProcessor.from_pretrained(pruned, trust_remote_code=True)
+        assert type(processor).__name__ == "VLMPrunerGlm46VProcessor"
+        assert processor.replace_frame_token_id(0.5).endswith("0.5 seconds")
+        again = quietly(pruned, tmp_path / f"base-of-{pruned.name}", to_base=True)
+        assert type(AutoProcessor.from_pretrained(again)).__name__ == "Glm46VProcessor"
+
+
 def trained_and_saved(family, repo: Path, folder: Path) -> Path:
     """What a user has after fine-tuning: other weights, by `save_pretrained` of model and processor."""
     model = family.pruned_class.from_pretrained(repo, dtype=torch.float32)

@@ -20,6 +20,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCa
 from transformers.cache_utils import StaticLayer
 
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
+from vlmpruner.pruned_decoder import projected
 from vlmpruner.token_pruning import aggregate_tokens, select_tokens
 
 
@@ -200,12 +201,13 @@ def test_eager_and_sdpa_agree(family, rows):
     torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llava_next", "llava_onevision")])
-def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
-    """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile).
+# Of the families that support it one is tried: the kernel takes half a minute to compile, and the masks are made alike.
+FLEX_LIKE_LLAVA = ("llava_next", "llava_onevision", "qwen3_vl_moe", "glm4v_moe")
 
-    Of the families that support it one: the kernel takes half a minute to compile, and the masks are made alike.
-    """
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FLEX_LIKE_LLAVA])
+def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
+    """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile)."""
     family = FAMILIES[name]
     if not family.stock_class._supports_flex_attn:
         with pytest.raises(ValueError, match=r"does not support .*flex_attention"):
@@ -372,6 +374,21 @@ def test_pruned_forward_equals_one_by_hand(family):
         outputs = load_pruned(family)(**inputs)
         logits, columns = forward_by_hand(family, inputs, outputs.pruning_record)
     torch.testing.assert_close(outputs.logits[0, columns], logits, **CLOSE)
+
+
+def test_keys_that_methods_look_at_are_those_of_the_cache(family, one_image):
+    """Each family rotates heads in its own way: halves or pairs, whole or in part."""
+    stock, seen, cache = load_stock(family), {}, DynamicCache()
+    layers = stock.model.language_model.layers
+    number = next(number for number, layer in enumerate(layers) if hasattr(layer, "self_attn"))
+    hook = layers[number].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(states=args[0], embeddings=kwargs["position_embeddings"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        stock(**one_image, **{CACHE_NAME: cache})
+        hook.remove()
+        found = projected(layers[number], "k", seen["states"], seen["embeddings"])
+    torch.testing.assert_close(found, cache.layers[number].keys, **CLOSE)
 
 
 # Cache

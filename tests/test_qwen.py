@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, make_inputs, picture
+from families import FAMILIES, assert_selected_alone, clip, load_processor, load_pruned, load_stock, make_inputs, picture
+from transformers import DynamicCache
 
 from vlmpruner.modeling_vlmpruner_qwen2vl import PrunedQwenModelMixin
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
@@ -37,7 +38,7 @@ def test_each_slice_of_a_video_is_pruned_as_an_image(family):
     assert [(image.modality, image.image, image.view, image.grid) for image in record] == [
         ("video", 0, frame, (height, width)) for frame in range(frames)
     ]
-    is_video = inputs["input_ids"][0] == load_pruned(family).config.video_token_id
+    is_video = inputs["input_ids"][0] == load_pruned(family).model.placeholder_id("video")
     assert torch.equal(torch.cat([image.positions for image in record]), is_video.nonzero()[:, 0])
     assert_selected_alone(family, inputs, record)
     assert record.num_kept == frames * round(height * width * (1 - 0.889))
@@ -62,6 +63,11 @@ def test_a_video_can_share_one_budget(family):
 def test_images_and_videos_in_one_prompt(family, content):
     inputs = video_inputs(family, content, images=[picture(1)], videos=[CLIP[:4]])
     model = load_pruned(family)
+    if model.model.placeholder_id("image") == model.model.placeholder_id("video"):
+        for each in (load_stock(family), model):
+            with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+                each(**inputs)
+        return
     cached = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     uncached = model.generate(
         **inputs, max_new_tokens=4, do_sample=False, use_cache=False, return_dict_in_generate=True, output_logits=True
@@ -99,6 +105,27 @@ def test_generate_on_a_later_turn_places_a_new_image_by_mrope(family):
         output_logits=True,
     )
     torch.testing.assert_close(outputs.logits[0], whole.logits[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("kinds", [("image", "video"), ("video", "image")], ids="-".join)
+def test_a_later_turn_may_bring_another_kind(family, kinds):
+    """An image after a video, or a video after an image, which are refused in one call where they have one placeholder."""
+    model, media = load_pruned(family), {"image": {"images": [picture(1)]}, "video": {"videos": [CLIP[:4]]}}
+    turns = [video_inputs(family, [kind], **media[kind]) for kind in kinds]
+    with torch.no_grad():
+        cache, mask = DynamicCache(config=model.config.get_text_config()), torch.zeros(1, 0, dtype=torch.long)
+        positions = []
+        for turn in turns:
+            mask = torch.cat([mask, turn["attention_mask"]], dim=1)
+            grids = {name: turn[name] for name in ("image_grid_thw", "video_grid_thw") if name in turn}
+            types = turn["mm_token_type_ids"]
+            positions.append(model.model.mrope_position_ids(turn["input_ids"], types, mask, cache, grids))
+            model(**turn | {"attention_mask": mask}, **{CACHE_NAME: cache})
+    assert [image.modality for image in cache.pruning_record] == sorted(
+        (image.modality for image in cache.pruning_record), key=kinds.index
+    )
+    assert {image.modality for image in cache.pruning_record} == set(kinds)
+    assert positions[1].min() == positions[0].max() + 1
 
 
 def test_an_image_after_a_turn_of_text_follows_its_positions(family):

@@ -1,5 +1,6 @@
 """What is refused by name before a model is loaded, and what the cache groups save. No engine is started."""
 
+import importlib
 import tomllib
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 import vlmpruner_vllm
+from export import export_model
 from tests.vllm_plugin.serving import ROOT
-from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaOnevisionConfig
+from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, VLMPrunerLlavaConfig, VLMPrunerLlavaOnevisionConfig
 from vlmpruner.token_pruning import num_tokens_to_keep
 from vlmpruner_vllm import FIRST_UNSUPPORTED_VLLM, OLDEST_VLLM, check_vllm_version
 from vlmpruner_vllm.engine import check_model
@@ -74,6 +76,22 @@ def test_videos_that_vllm_has_no_class_for_are_refused_by_name():
     config.newline_position = "grid"
     with pytest.raises(ValueError, match=r"no model with newline_position='grid', spatial_pool_mode='bilinear'"):
         family_of(config)
+
+
+def test_families_that_it_does_not_serve_are_refused_by_name(tmp_path):
+    """vLLM asks our class in transformers whether its own backend may run it, and that asks the plugin."""
+    not_served = {
+        base: config.auto_map_targets["AutoModelForImageTextToText"].split(".")
+        for base, config in CONFIG_OF_BASE_MODEL.items()
+        if config.auto_map_targets["AutoModelForImageTextToText"].split(".")[1] not in FAMILIES
+    }
+    for module, name in not_served.values():
+        with pytest.raises(ValueError, match=f"does not serve '{name}'. It serves: VLMPrunerLlava"):
+            getattr(importlib.import_module(f"vlmpruner.{module}"), name).is_backend_compatible()
+    base = next(iter(not_served))
+    repo = export_model(ROOT / "tests/data/checkpoints" / base, tmp_path / "pruned", report=lambda line: None)
+    with pytest.raises(ValueError, match=f"does not serve '{not_served[base][1]}'"):
+        EngineArgs(model=str(repo), trust_remote_code=True).create_engine_config()
 
 
 def test_a_pixtral_tower_is_refused_by_name():
