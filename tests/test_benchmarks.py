@@ -253,6 +253,30 @@ def test_theory_counts_what_the_stock_decoder_multiplies_reads_and_keeps(name, m
     assert theory.state_bytes == sum(state.nbytes for state in states)
 
 
+NARROW_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+GLM_IDS = ("image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id", "video_start_token_id")
+QWEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", [name for name in SMALL_KINDS if name.startswith(("qwen3-vl", "glm"))])
+def test_caches_of_models_with_experts_and_of_glm_are_as_the_theory_says(name):
+    geometry = GEOMETRIES[name]
+    if (reason := why_not_measured(geometry)) is not None:
+        pytest.skip(reason)
+    tower = geometry.config["vision_config"] | NARROW_TOWER
+    parts = {"text_config": narrow(name).config["text_config"] | {"num_hidden_layers": 4}, "vision_config": tower}
+    if "deepstack_visual_indexes" in tower:
+        tower["deepstack_visual_indexes"] = [0, 1]
+    ids = QWEN_IDS if name.startswith("qwen") else (*GLM_IDS, "video_end_token_id")
+    request = Request(replace(geometry, config=geometry.config | parts | {key: 1100 + place for place, key in enumerate(ids)}))
+    models = make_models(request.geometry, "cpu", torch.float32, pruning_ratio=request.ratio)
+    inputs = make_inputs(request, models["pruned"].config, "cpu", torch.float32)
+    theory = Theory.of(request, torch.float32, bandwidth=1.0)
+    found = {model: prefill.cache_bytes(cache_of(prefill.prefill(models[model], inputs))) for model in models}
+    assert found == {"unpruned": theory.kv_bytes, "pruned": theory.pruned_kv_bytes}
+
+
 def test_a_model_that_can_not_be_pruned_has_a_theory_alone(monkeypatch, capsys):
     monkeypatch.setitem(GEOMETRIES, "0.5b", replace(tiny(), base="internvl", config=narrow("internvl3.5-8b").config))
     monkeypatch.setattr("geometries.CONFIG_OF_BASE_MODEL", {"llava": None})
