@@ -85,7 +85,7 @@ define install
 endef
 
 .venv/.installed: pyproject.toml
-	$(call install,test$(COMMA)tools$(COMMA)bench)
+	$(call install,test$(COMMA)tools$(COMMA)bench$(COMMA)ray$(COMMA)quantization)
 
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml

@@ -1,0 +1,84 @@
+"""examples/batch_inference.py: two Ray workers on this machine, resumed, with files that can not be read."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from training.scenes import draw, make_scene
+
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "How many circles are there?"
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "examples/batch_inference.py", "--model", ".", "--input", folder / "photos"]
+    words += ["--output", folder / "captions.jsonl", "--question", QUESTION, "--max-new-tokens", "12", *options]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
+    return subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def lines_of(folder: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    found = {line["path"]: line for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+@pytest.mark.once
+def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    scenes = {"a.png": 0, "b.JPG": 1, "more/c.png": 2, "more/d.webp": 3}
+    for name, seed in scenes.items():
+        draw(make_scene("test", seed)).save(tmp_path / "photos" / name, quality=95)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (tmp_path / "photos" / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+
+    done = run(tmp_path, "--workers", "2", "--batch-size", "2")
+    assert done.returncode == 0 and "6 files, 0 answered before, 6 to do" in done.stdout, done.stdout + done.stderr[-3000:]
+    found = lines_of(tmp_path)
+    assert set(found) == {*scenes, "broken.png", "broken.mp4"}
+    assert all(set(found[name]) >= {"error"} and "text" not in found[name] for name in ("broken.png", "broken.mp4"))
+    assert found["broken.png"]["error"].startswith("UnidentifiedImageError: ")
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    for name in scenes:
+        picture = Image.open(tmp_path / "photos" / name).convert("RGB")
+        inputs = processor(images=picture, text=text, return_tensors="pt").to(torch.bfloat16)
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = processor.decode(tokens, skip_special_tokens=True).strip()
+        assert (found[name]["text"], found[name]["num_visual"], found[name]["num_kept"]) == (answer, 576, 64)
+
+    output = tmp_path / "captions.jsonl"
+    text = output.read_text()
+    output.write_text(text[: text.rstrip("\n").rfind("\n") + 20])  # interrupted within its last line
+    done = run(tmp_path)
+    assert "6 files, 5 answered before, 1 to do" in done.stdout and done.returncode == 0, done.stderr[-3000:]
+    assert lines_of(tmp_path) == found
+    example = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))
+    asked = {name: found["a.png"][name] for name in example["ASKED"]}
+    assert example["answered_before"](output, asked, retry_errors=False) == set(found)
+    with pytest.raises(ValueError, match=r"line 1, was answered with pruning_ratio None instead of 0\.5"):
+        example["answered_before"](output, asked | {"pruning_ratio": 0.5}, retry_errors=False)
+    assert example["answered_before"](output, asked, retry_errors=True) == set(scenes) == set(lines_of(tmp_path))
+    output.write_text("[]\n" + output.read_text())
+    with pytest.raises(ValueError, match="line 1, is not a line of this program"):
+        example["answered_before"](output, asked, retry_errors=False)
+
+
+def test_without_ray_it_says_what_to_install(tmp_path):
+    hidden = "import sys; sys.modules['ray'] = None; import runpy; runpy.run_path('examples/batch_inference.py')"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and 'pip install "ray[data]" av' in done.stderr
