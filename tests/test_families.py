@@ -399,8 +399,8 @@ def test_pruned_forward_equals_one_by_hand(family):
 
 def test_keys_that_methods_look_at_are_those_of_the_cache(family, one_image):
     """Each family rotates heads in its own way: halves or pairs, whole or in part."""
-    stock, seen, cache = load_stock(family), {}, DynamicCache()
-    layers = stock.get_decoder().layers
+    stock, seen = load_stock(family), {}
+    cache, layers = DynamicCache(config=stock.config), stock.get_decoder().layers
     number = next(number for number, layer in enumerate(layers) if hasattr(layer, "self_attn"))
     hook = layers[number].register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(states=args[0], embeddings=kwargs["position_embeddings"]), with_kwargs=True
