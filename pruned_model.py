@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
-from .configuration_vlmpruner import check_ratio
+from .configuration_vlmpruner import PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -167,6 +167,30 @@ def register_weight_renaming(our_class: type, *names: str) -> None:
         register_checkpoint_conversion_mapping(our_class.__name__, renaming, overwrite=True)
 
 
+def refuse_unsupported(attention_mask, kwargs: dict) -> None:
+    """Raise a ValueError for a call that no plan can be made for: packed rows, a mask that is not 2-D, `torch.export`."""
+    check_mask(attention_mask)
+    if packed := sorted(name for name, value in kwargs.items() if name.startswith("cu_seq") and value is not None):
+        raise ValueError(
+            f"{', '.join(packed)} says that several sequences are packed into one row. Pruning does not support that: give "
+            "each sequence a row of its own, or set pruning_ratio=0."
+        )
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export can not trace which tokens stay, because their values decide. Export with pruning_ratio=0."
+        )
+
+
+def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None:
+    """Give outputs the fields of the stock class's that hold what the encoder made, in place."""
+    fields = {field.name for field in dataclass_fields(outputs)}
+    for visual in visuals:
+        if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
+            outputs[f"{visual.modality}_outputs"] = encoded[visual.modality]
+        elif f"{visual.modality}_hidden_states" in fields:
+            outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
+
+
 class PrunedModelMixin:
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
@@ -218,39 +242,48 @@ class PrunedModelMixin:
             self.refuse_unknown_tower()
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
-            check_mask(attention_mask)
-            if packed := sorted(name for name, value in kwargs.items() if name.startswith("cu_seq") and value is not None):
-                raise ValueError(
-                    f"{', '.join(packed)} says that several sequences are packed into one row. Pruning does not support that: "
-                    "give each sequence a row of its own, or set pruning_ratio=0."
-                )
-            if torch.compiler.is_exporting():
-                raise ValueError(
-                    "torch.export can not trace which tokens stay, because their values decide. Export with pruning_ratio=0."
-                )
+            refuse_unsupported(attention_mask, kwargs)
         position_ids = self.resolve_position_ids(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
         )
-        stock_inputs = {CACHE_NAME: cache, "return_dict": True}
+        inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            CACHE_NAME: cache,
+            "return_dict": True,
+        }
         if is_stock_call:
-            outputs = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **stock_inputs,
-                **kwargs,
-            )
-            if has_visuals or position_ids is None:
-                self.note_positions(cache_of(outputs), position_ids, attention_mask)
-            return outputs
+            outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+        else:
+            outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
+        if has_visuals or (is_stock_call and position_ids is None):
+            self.note_positions(cache_of(outputs), position_ids, attention_mask)
+        return outputs
+
+    def _forward_by_plan(
+        self,
+        request: PruningRequest,
+        settings: PruningSettings | None,
+        input_ids: torch.LongTensor | None,
+        inputs: dict,
+        kwargs: dict,
+    ):
+        """`forward` where tokens leave, or have left the cache.
+
+        Args:
+            settings: what the call prunes, None where it brings nothing to prune.
+            inputs: what the stock `forward` takes beside `input_ids`, as the caller gave it.
+            kwargs: the rest, with what `encoder_inputs` names. What is used here is taken out.
+        """
+        inputs_embeds, attention_mask, cache = inputs["inputs_embeds"], inputs["attention_mask"], inputs[CACHE_NAME]
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
-        encoded = self._encode(kwargs) if has_visuals else {}
+        encoded = self._encode(kwargs) if self.has_visuals(kwargs) else {}
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
@@ -258,34 +291,25 @@ class PrunedModelMixin:
             settings,
             cache,
             attention_mask,
-            position_ids,
+            inputs["position_ids"],
             visuals,
             request.num_outputs,
             inputs_embeds.shape[1],
         )
         plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
-        outputs = super().forward(
-            inputs_embeds=inputs_embeds,
-            attention_mask=None if plan.is_below_all_keys else stock_mask(attention_mask),
-            position_ids=position_ids,
-            pruning_plan=plan,
-            **stock_inputs,
-            **kwargs,
-        )
+        of_plan = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": None if plan.is_below_all_keys else stock_mask(attention_mask),
+            "pruning_plan": plan,
+        }
+        outputs = super().forward(**(inputs | of_plan), **kwargs)
         plan.unpack_outputs(outputs)
         if self.training and torch.is_grad_enabled() and request.dropped is not None and not request.has_labels:
             logger.warning_once(LOSS_ELSEWHERE)
-        if has_visuals:
-            self.note_positions(cache_of(outputs), position_ids, attention_mask)
-            if plan.record is not None:
-                kept, visual = plan.record.num_kept, plan.record.num_visual
-                logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
-        fields = {field.name for field in dataclass_fields(outputs)}
-        for visual in visuals:
-            if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
-                outputs[f"{visual.modality}_outputs"] = encoded[visual.modality]
-            elif f"{visual.modality}_hidden_states" in fields:
-                outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
+        if settings is not None and plan.record is not None:
+            kept, visual = plan.record.num_kept, plan.record.num_visual
+            logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
+        add_encoded(outputs, encoded, visuals)
         return outputs
 
     def tower_blocks(self) -> nn.ModuleList | None:
