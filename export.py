@@ -72,12 +72,14 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
+ROOT = Path(__file__).resolve().parent
+
 if __package__:
     from . import original_llava
 else:
+    sys.path += [] if str(ROOT) in sys.path else [str(ROOT)]  # isolated, Python leaves a script's folder out
     import original_llava
 
-ROOT = Path(__file__).resolve().parent
 CONFIG, INDEX, SINGLE_SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
 CHAT_TEMPLATES = "additional_chat_templates"

@@ -20,8 +20,14 @@ STAND_INS = {"llava-hf/llava-1.5-7b-hf": str(ROOT)}
 EXPORT = "llava-pruned"
 # (page, how the block begins) -> why it does not run here.
 NOT_RUN = {
+    ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
+    ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/looking.md", 'pip install -e ".[app]"'): "serves until it is stopped; tests/app opens the page",
     ("docs/looking.md", 'pip install -e ".[notebook]"'): "tests/test_notebook.py runs the notebook",
+    ("docs/parallel.md", "torchrun"): "its program is below it; tests/test_parallel.py runs both",
+    ("docs/parallel.md", "from PIL import Image"): "one of two processes; tests/test_parallel.py runs both",
+    ("docs/parallel.md", 'pip install -e ".[ray]"'): "needs a folder of pictures; tests/test_examples.py has one",
+    ("docs/quantization.md", 'pip install -e ".[quantization]"'): "takes minutes; tests/test_quantization.py has its parts",
     ("docs/serving.md", 'pip install "vlmpruner[vllm]"'): "needs vLLM; tests/vllm_plugin/test_server.py starts a server",
     ("docs/serving.md", "from openai import OpenAI"): "asks that server, and opens an address",
     ("docs/serving.md", "make bench-serving"): "takes minutes; tests/test_benchmarks.py has its parts",

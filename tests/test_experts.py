@@ -27,10 +27,10 @@ def routers(model) -> dict:
     return {number: layer.mlp.gate for number, layer in enumerate(layers) if hasattr(layer.mlp, "gate")}
 
 
-def kept_of(inputs, record, layer: int) -> torch.Tensor:
+def kept_of(family, inputs, record, layer: int) -> torch.Tensor:
     """Whether `layer` ran on a token. [batch, length]"""
     kept = inputs["attention_mask"].bool().clone()
-    for image in record if layer >= 2 else ():
+    for image in record if layer >= family.layer else ():
         kept[image.row, image.positions] = False
         kept[image.row, image.positions[image.kept]] = True
     return kept
@@ -43,10 +43,10 @@ def test_router_logits_line_up_with_the_tokens(family, inputs):
     numbers = list(routers(model))
     assert len(outputs.router_logits) == len(numbers) > 0
     for number, logits in zip(numbers, outputs.router_logits, strict=True):
-        kept = kept_of(inputs, outputs.pruning_record, number)
+        kept = kept_of(family, inputs, outputs.pruning_record, number)
         assert logits.shape == (inputs["input_ids"].numel(), 4)
         rows = logits.view(*inputs["input_ids"].shape, -1)
-        assert torch.equal((rows != 0).any(-1), kept if number >= 2 else torch.ones_like(kept))
+        assert torch.equal((rows != 0).any(-1), kept if number >= family.layer else torch.ones_like(kept))
 
 
 def test_router_logits_are_those_of_the_stock_layers_on_what_is_kept(family):
@@ -62,7 +62,7 @@ def test_router_logits_are_those_of_the_stock_layers_on_what_is_kept(family):
     for hook in hooks:
         hook.remove()
     for number, logits in zip(seen, outputs.router_logits, strict=True):
-        kept = kept_of(inputs, outputs.pruning_record, number)[0]
+        kept = kept_of(family, inputs, outputs.pruning_record, number)[0]
         torch.testing.assert_close(logits[kept], seen[number], **CLOSE)
 
 
@@ -81,7 +81,7 @@ def test_the_load_balancing_loss_counts_what_was_routed(family, inputs):
         outputs = model(**inputs, labels=labels, output_router_logits=True)
         plain = model(**inputs, labels=labels)
     rows = [
-        logits[kept_of(inputs, outputs.pruning_record, number).flatten()]
+        logits[kept_of(family, inputs, outputs.pruning_record, number).flatten()]
         for number, logits in zip(routers(model), outputs.router_logits, strict=True)
     ]
     expected = load_balancing_by_hand(rows, text_config.num_experts_per_tok)

@@ -183,7 +183,8 @@ def business(code: str) -> set[str]:
             function = node.func
             name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
             is_of_a_library = isinstance(function, ast.Attribute) and ast.unparse(function) in ("torch.compile", "re.compile")
-            found |= set() if is_of_a_library else {name} & NO_BUSINESS["calls"]
+            is_mode = isinstance(function, ast.Attribute) and name == "eval" and not node.args and not node.keywords
+            found |= set() if is_of_a_library or is_mode else {name} & NO_BUSINESS["calls"]
     return found
 
 
@@ -197,7 +198,7 @@ def test_exported_code_is_what_the_card_says(tmp_path):
         assert f"`{path.name}`" in card
     for line in ("import socket", "from urllib.request import urlopen", "eval('1')", "torch.eval('1')", "os.system('ls')"):
         assert business(line), line
-    assert not business("import torch\ntorch.compile(f)\nmodel.eval_batch()")
+    assert not business("import torch\ntorch.compile(f)\nmodel.eval_batch()\nmodel.eval()")
 
 
 @pytest.mark.once
