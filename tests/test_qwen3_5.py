@@ -238,7 +238,7 @@ def test_other_layers_of_another_hybrid():
 # Methods
 
 
-@pytest.mark.parametrize("name", ["fastv", "dart", "divprune", "cdpruner"])
+@pytest.mark.parametrize("name", ["fastv", "dart", "divprune", "cdpruner", "visionzip"])
 def test_a_method_equals_its_restatement(name):
     """Attention with a gated query and partly rotated heads, keys, text, embeddings: what methods look at is right here too."""
     model = load_method(DENSE, name)
