@@ -152,6 +152,62 @@ def _rank(values, tokens, is_token, num_tokens, scratch):
 
 
 @triton.jit
+def _raised(lowest, number, first, step):
+    """The number of the first round whose threshold is above `lowest`, and that threshold: rounds that take nothing are left
+    out."""
+    exact = lowest.to(tl.float64)
+    number = tl.maximum(number, tl.floor((exact - first) / step))
+    number = tl.where(_threshold(number, first, step) <= lowest, number + 1.0, number)
+    number = tl.where(_threshold(number, first, step) <= lowest, number + 1.0, number)
+    above = (exact + tl.maximum(tl.abs(exact) * EPSILON, SMALLEST_STEP)).to(tl.float32)
+    return number, tl.maximum(_threshold(number, first, step), above)
+
+
+@triton.jit
+def _ranked_keys(scores, is_candidate, tokens):
+    """Numbers that order candidates by score, then by place, and hold the token in their lower half; `NO_KEY` for others."""
+    bits = scores.to(tl.int32, bitcast=True)
+    keys = ((bits ^ ((bits >> 31) & LAST)).to(tl.int64) << 32) | tokens
+    return tl.where(is_candidate, keys, NO_KEY)
+
+
+@triton.jit
+def _store_groups(
+    is_kept,
+    owner,
+    most_similar,
+    tokens,
+    is_token,
+    num_tokens,
+    start,
+    kept_start,
+    scratch,
+    total,
+    kept,
+    members,
+    offsets,
+    shares,
+):
+    """The kept tokens of a grid, ascending, and each with those that it owns behind it: places, where a group begins, and the
+    share that each has in its group."""
+    owner = tl.where(is_kept, tokens, owner)
+    tl.store(scratch + tokens, tl.cumsum(is_kept.to(tl.int32), 0).to(tl.float32), mask=is_token)
+    tl.debug_barrier()
+    group = tl.load(scratch + owner, mask=is_token, other=1).to(tl.int32) - 1
+    tl.debug_barrier()
+    place = _rank((2 * group + tl.where(is_kept, 0, 1)).to(tl.float32), tokens, is_token, num_tokens, scratch)
+    tl.store(members + start + place, start + tokens, mask=is_token)
+    tl.store(kept + kept_start + group, start + tokens, mask=is_kept)
+    tl.store(offsets + kept_start + group, start + place, mask=is_kept)
+    weight = tl.where(is_kept, 0.0, tl.maximum(most_similar, 0.0)).to(tl.float64)
+    tl.atomic_add(total + kept_start + group, weight, mask=is_token)
+    tl.debug_barrier()
+    weights = tl.load(total + kept_start + group, mask=is_token, other=1, volatile=True)
+    share = tl.where(weights > 0.0, weight / tl.where(weights > 0.0, weights, 1.0), is_kept.to(tl.float64))
+    tl.store(shares + start + place, share.to(tl.float32), mask=is_token)
+
+
+@triton.jit
 def _greedy_kernel(
     similarity,
     longest,
@@ -206,12 +262,7 @@ def _greedy_kernel(
         threshold = tl.maximum(threshold, _threshold(number, first, step))
         if lowest >= threshold:
             if FILL_BUDGET:
-                exact = lowest.to(tl.float64)
-                number = tl.maximum(number, tl.floor((exact - first) / step))
-                number = tl.where(_threshold(number, first, step) <= lowest, number + 1.0, number)
-                number = tl.where(_threshold(number, first, step) <= lowest, number + 1.0, number)
-                above = (exact + tl.maximum(tl.abs(exact) * EPSILON, SMALLEST_STEP)).to(tl.float32)
-                threshold = tl.maximum(_threshold(number, first, step), above)
+                number, threshold = _raised(lowest, number, first, step)
             else:
                 num_keep = num_accepted
         rank = _rank(scores, tokens, is_token, num_tokens, scratch)
@@ -221,9 +272,7 @@ def _greedy_kernel(
             is_waiting = (scores < threshold) & (rank >= cursor)
             begin = tl.min(tl.where(is_waiting, rank, num_tokens)) // batch_size * batch_size
             cursor = begin + batch_size
-            bits = scores.to(tl.int32, bitcast=True)
-            keys = ((bits ^ ((bits >> 31) & LAST)).to(tl.int64) << 32) | tokens
-            keys = tl.where(is_waiting & (rank < cursor), keys, NO_KEY)
+            keys = _ranked_keys(scores, is_waiting & (rank < cursor), tokens)
             lowest_key = tl.min(keys)
             is_walking = lowest_key != NO_KEY
             while (lowest_key != NO_KEY) & (num_accepted < num_keep):
@@ -246,22 +295,22 @@ def _greedy_kernel(
                 required, similarity, longest, height, width, tokens, is_token, most_similar, owner, nearest, free
             )
 
-    is_kept = is_token & ~free
-    owner = tl.where(is_kept, tokens, owner)
-    tl.store(scratch + tokens, tl.cumsum(is_kept.to(tl.int32), 0).to(tl.float32), mask=is_token)
-    tl.debug_barrier()
-    group = tl.load(scratch + owner, mask=is_token, other=1).to(tl.int32) - 1
-    tl.debug_barrier()
-    place = _rank((2 * group + tl.where(is_kept, 0, 1)).to(tl.float32), tokens, is_token, num_tokens, scratch)
-    tl.store(members + start + place, start + tokens, mask=is_token)
-    tl.store(kept + kept_start + group, start + tokens, mask=is_kept)
-    tl.store(offsets + kept_start + group, start + place, mask=is_kept)
-    weight = tl.where(is_kept, 0.0, tl.maximum(most_similar, 0.0)).to(tl.float64)
-    tl.atomic_add(total + kept_start + group, weight, mask=is_token)
-    tl.debug_barrier()
-    weights = tl.load(total + kept_start + group, mask=is_token, other=1, volatile=True)
-    share = tl.where(weights > 0.0, weight / tl.where(weights > 0.0, weights, 1.0), is_kept.to(tl.float64))
-    tl.store(shares + start + place, share.to(tl.float32), mask=is_token)
+    _store_groups(
+        is_token & ~free,
+        owner,
+        most_similar,
+        tokens,
+        is_token,
+        num_tokens,
+        start,
+        kept_start,
+        scratch,
+        total,
+        kept,
+        members,
+        offsets,
+        shares,
+    )
 
 
 def select_packed(hidden_states: torch.Tensor, keys: torch.Tensor, batch: GridBatch, parameters) -> tuple:
