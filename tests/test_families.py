@@ -1033,7 +1033,10 @@ def test_placeholders_that_do_not_match_are_named(family, one_image, ratio, way)
                 inputs["input_ids"] == config.video_token_id
             ).int()
             inputs["mm_token_type_ids"] = types
-        with pytest.raises(ValueError, match=f"{what} and {what.split()[0].lower()} tokens do not match"):
+        sentence = f"{what} and {what.split()[0].lower()} tokens do not match"
+        if family.name == "smolvlm" and ratio == 0:  # the stock class's own, before transformers 5.24
+            sentence += "|<image> tokens not divisible by patch_size"
+        with pytest.raises(ValueError, match=sentence):
             model(**inputs) if way == "forward" else generate(model, inputs)
 
 
