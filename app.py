@@ -116,6 +116,7 @@ class Asker:
             setattr(config, key, value)
         try:
             settings = config.pruning_settings()
+            self.model.model.refuse_unknown_tower(config)
         except ValueError as error:
             raise Unanswerable(str(error)) from error
         if settings is None:

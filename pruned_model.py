@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
-from .configuration_vlmpruner import PruningSettings, check_ratio
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -317,12 +317,14 @@ class PrunedModelMixin:
         `TowerSignals` each, as attribute `tower`, where `config.looks_at_tower`."""
         return None
 
-    def refuse_unknown_tower(self) -> None:
-        """Raise a ValueError where the method looks at a vision tower of which nobody says how."""
-        if self.config.looks_at_tower and self.tower_blocks() is None:
+    def refuse_unknown_tower(self, config: PruningConfig | None = None) -> None:
+        """Raise a ValueError where the method of `config`, by default the model's, looks at a vision tower of which nobody says
+        how."""
+        config = config or self.config
+        if config.looks_at_tower and self.tower_blocks() is None:
             raise ValueError(
-                f"pruning_method {self.config.pruning_method!r} looks at the attention in the vision tower, but what that is "
-                f"in a {self.config.model_type} model with a tower of type {self.config.vision_config.model_type!r} is not "
+                f"pruning_method {config.pruning_method!r} looks at the attention in the vision tower, but what that is "
+                f"in a {config.model_type} model with a tower of type {config.vision_config.model_type!r} is not "
                 "known. Choose a method that does not look at the tower."
             )
 

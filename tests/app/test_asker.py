@@ -30,8 +30,9 @@ def asker():
 
 
 @pytest.fixture(scope="module")
-def qwen():
-    return asker_of(FAMILIES["qwen2_vl"].checkpoint)
+def mistral():
+    """Whose vision tower no method looks at."""
+    return asker_of(FAMILIES["mistral3"].checkpoint)
 
 
 def last(asker, *arguments):
@@ -90,12 +91,12 @@ def test_requests_at_one_time_do_not_meet(asker):
         assert len(orders) == 3 and all(torch.equal(order, alone[number]) for order in orders)
 
 
-def test_every_method_has_a_sentence(asker, qwen):
+def test_every_method_has_a_sentence(asker, mistral):
     names = list(own("pruning_methods.METHODS"))
     assert list(asker.methods) == names
     for name in names:
         assert asker.about(Choice(name, "paper", 0.889)).count("Here 88.9% of each image's visual tokens leave at") == 1
-    refused = [name for name in names if qwen.about(Choice(name, "paper", 0.889)).startswith("**Not with this model.**")]
+    refused = [name for name in names if mistral.about(Choice(name, "paper", 0.889)).startswith("**Not with this model.**")]
     assert refused == [name for name in names if "tower" in asker.methods[name].looks_at] != []
 
 
