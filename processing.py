@@ -106,6 +106,7 @@ class DrawMixin:
     """Adds `draw_kept_tokens` to a processor. A family tells in `image_views` and `video_slices` what its grids cover."""
 
     _auto_class = "AutoProcessor"
+    images_by_row = False  # whether a batch's images come as a list for each row, and not one after another
 
     def __call__(self, images=None, *args, **kwargs):
         """As in the stock class. How each image object was read is remembered for `draw_kept_tokens`, as long as it exists."""
@@ -754,6 +755,8 @@ class VLMPrunerInternVLProcessor(TilesDrawMixin, InternVLProcessor):
 
 class GlobalViewDrawMixin(TilesDrawMixin):
     """For Idefics3's image processor, whose tiles are padded to the same number in each row, and end with a global view."""
+
+    images_by_row = True
 
     @property
     def tile_length(self):

@@ -93,7 +93,8 @@ class Answerer:
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = dict(media[0])
         if kind == "image":
-            inputs = {"images": [image for each in media for image in each["images"]]}
+            by_row = [each["images"] for each in media]
+            inputs = {"images": by_row if self.processor.images_by_row else [image for row in by_row for image in row]}
         inputs = self.processor(text=[text] * len(media), padding=True, padding_side="left", return_tensors="pt", **inputs).to(
             self.model.device, self.model.dtype
         )

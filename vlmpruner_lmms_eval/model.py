@@ -156,7 +156,7 @@ class VLMPruner(lmms):
         if self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
             options["add_special_tokens"] = False
         if images:
-            options["images"] = images
+            options["images"] = [row for row, *_ in media] if self.processor.images_by_row else images
         if videos:
             frames, metadata = zip(*(load_video(video, sample_indices_fn=self._places) for video in videos), strict=True)
             options |= {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
