@@ -37,8 +37,8 @@ test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for 
 test-app: .venv-app/.installed ## the tests of app.py, in a headless Chromium where there is one
 	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app $(PYTEST_ARGS)
 
-test-lmms-eval: .venv-lmms-eval/.installed ## the tests of the plugin for lmms-eval
-	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval_plugin $(PYTEST_ARGS)
+test-lmms-eval: .venv-lmms-eval/.installed ## the tests of the plugin for lmms-eval, and of quantised weights
+	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval_plugin tests/test_quantization.py $(PYTEST_ARGS)
 
 train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
@@ -85,7 +85,7 @@ define install
 endef
 
 .venv/.installed: pyproject.toml
-	$(call install,test$(COMMA)tools$(COMMA)bench$(COMMA)ray$(COMMA)quantization)
+	$(call install,test$(COMMA)tools$(COMMA)bench$(COMMA)ray)
 
 .PRECIOUS: .venv-5.%/.installed
 .venv-5.%/.installed: pyproject.toml
@@ -104,13 +104,14 @@ endef
 	@touch $@
 
 # lmms-eval asks for some sixty packages, and its evaluator imports these. They lie over those of .venv, whose torch is shared.
+# The quantisers are here too: where torchao is installed, torch warns at every start.
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .venv-lmms-eval/.installed: .venv/.installed
 	@echo "Installing into $(@D) (once, half a minute)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@realpath "$$(.venv/bin/python $(PURELIB))" > "$$($(@D)/bin/python $(PURELIB))/zz_shared.pth"
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -e .
-	@$(@D)/bin/python $(PIP_INSTALL) --no-deps lmms_eval==0.7.3
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps lmms_eval==0.7.3 "bitsandbytes>=0.49" "torchao>=0.16"
 	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" av evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
 		tqdm-multiprocess 2>/dev/null
 	@touch $@

@@ -27,6 +27,7 @@ NOT_RUN = {
     ("docs/parallel.md", "torchrun"): "its program is below it; tests/test_parallel.py runs both",
     ("docs/parallel.md", "from PIL import Image"): "one of two processes; tests/test_parallel.py runs both",
     ("docs/parallel.md", 'pip install -e ".[ray]"'): "needs a folder of pictures; tests/test_examples.py has one",
+    ("docs/quantization.md", "from torchao"): "needs torchao; tests/test_quantization.py loads so where it is installed",
     ("docs/quantization.md", 'pip install -e ".[quantization]"'): "takes minutes; tests/test_quantization.py has its parts",
     ("docs/serving.md", 'pip install "vlmpruner[vllm]"'): "needs vLLM; tests/vllm_plugin/test_server.py starts a server",
     ("docs/serving.md", "from openai import OpenAI"): "asks that server, and opens an address",
