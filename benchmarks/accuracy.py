@@ -449,7 +449,7 @@ def main():
         parser.error(f"--model {options.model} holds no config.json. Give a pruned model repo, such as export.py makes.")
     transformers.logging.set_verbosity_error()
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # else, on CPUs, each process takes itself for the only one
     with state.main_process_first():  # the repo's code is in the cache before others read it
         model, processor, about = load(options.model, str(state.device))
     width = model.config.get_text_config().hidden_size
@@ -478,7 +478,7 @@ def main():
     todo = [configuration for configuration in configurations if configuration.name not in results.results]
     (todo,) = broadcast_object_list([todo])  # the first process may write a result before another has looked
     part = share(questions, options.batch_size, state.process_index, state.num_processes)
-    for configuration in tqdm(todo, desc="configurations", disable=not state.is_main_process):
+    for configuration in tqdm(todo, desc=f"on process 1 of {state.num_processes}", disable=not state.is_main_process):
         found = joined(gather_object([evaluate(model, processor, part, configuration, options.batch_size)]))
         if state.is_main_process:
             results.add(configuration, found)
