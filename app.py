@@ -65,7 +65,7 @@ class Choice:
 
     method: str
     preset: str
-    ratio: float
+    ratio: float | None  # of an emptied box there is none
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Asker:
         Raises:
             Unanswerable: where the model cannot be pruned so.
         """
+        if choice.ratio is None:
+            raise Unanswerable("The ratio is a number between 0 and 1: the fraction of visual tokens to remove.")
         config = deepcopy(self.config)
         for key, value in self.keys_of(choice).items():
             setattr(config, key, value)
@@ -323,9 +325,6 @@ def page(asker: Asker, name: str) -> gr.Blocks:
                     interactive=True,
                     elem_id="picture",
                 )
-                # The file as it was uploaded, unopened: Gradio has a traceback for one that is no picture. (A subclass would
-                # write a stub file beside this one.)
-                picture.preprocess = lambda payload: None if payload is None else payload.path
                 gallery = gr.Gallery(
                     [str(PICTURES / file) for file, _ in EXAMPLES],
                     show_label=False,
@@ -370,7 +369,8 @@ def page(asker: Asker, name: str) -> gr.Blocks:
         def show_about(method: str, preset: str, ratio: float):
             return asker.about(Choice(method, preset, ratio))
 
-        def answer(path, question, method, preset, ratio):
+        def answer(picture, question, method, preset, ratio):
+            path = picture and picture["path"]
             unseen = {kept: gr.Image(visible=False), step: gr.Slider(visible=False)}
             try:
                 for unpruned, pruned, seen in asker.answers(path, question, Choice(method, preset, ratio)):
@@ -387,10 +387,14 @@ def page(asker: Asker, name: str) -> gr.Blocks:
             except Unanswerable as error:
                 yield {notice: gr.Markdown(str(error), visible=True), answers: HINT, drawing: None} | unseen
 
-        def draw(seen: Drawing | None, step: int):
-            return gr.skip() if seen is None else asker.draw(seen, step)
+        def draw(seen: Drawing | None, step: float | None):
+            if seen is None or step is None:
+                return gr.skip()
+            return asker.draw(seen, round(min(max(step, 0), seen.num_steps)))
 
-        private = {"api_visibility": "private"}
+        # Values come as the browser sends them. Gradio's own checks have a traceback and a pop-up for a file that is no picture
+        # and for a number of which only the first digit is typed; here they are sentences on the page.
+        private = {"api_visibility": "private", "preprocess": False}
         smooth = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
         choice = [method, preset, ratio]
         gallery.select(show_example, None, [picture, question], **private)

@@ -174,6 +174,31 @@ def test_methods_and_presets_come_from_the_registry(page):
     page.wait(lambda: page.options() == ["paper"])
 
 
+def test_numbers_are_typed_digit_by_digit(page, server, tmp_path):
+    """The server is asked about each, also where Gradio's sliders refuse it."""
+    box = page.one("#ratio input[type=number]")
+    box.send_keys(Keys.CONTROL, "a")
+    for typed, said in (
+        (Keys.DELETE, "The ratio is a number"),
+        ("0", "With a ratio of 0 nothing is pruned."),
+        (".75", "75.0%"),
+        ("\b\b\b7", "must be a number in [0, 1)"),
+        ("\b.5", "50.0%"),
+    ):
+        box.send_keys(typed)
+        page.wait(lambda said=said: said in page.text("#about"))
+    page.ask()
+    page.wait(lambda: page.cell("visual tokens") == ["576", "288", "-50%"])
+    all_kept = page.kept(tmp_path).tobytes()
+    source = page.one("#kept img").get_attribute("src")
+    page.set_slider("step", 9)
+    page.wait(lambda: page.one("#kept img").get_attribute("src") != source)
+    page.set_slider("step", 999)
+    page.wait(lambda: page.kept(tmp_path).tobytes() == all_kept)
+    assert not page.all(".toast-body"), page.text(".toast-body")
+    assert "Traceback" not in (server[1] / "output").read_text()
+
+
 def test_an_example_brings_its_question(page):
     page.all("#examples button img")[1].click()
     page.wait(lambda: page.one("#question textarea").get_property("value") == EXAMPLES[1][1])
