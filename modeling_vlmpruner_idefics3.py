@@ -23,8 +23,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerIdefics3Config, VLMPrunerSmolVLMConfig
 from .modeling_vlmpruner_llava import LlamaDecoderLayer
-from .pruned_decoder import GridView
 from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
+from .visual_grids import GridView
 
 
 class PrunedIdefics3ModelMixin(PrunedModelMixin):

@@ -18,8 +18,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from .configuration_vlmpruner import VLMPrunerInternVLConfig
 from .modeling_vlmpruner_llava import LlamaDecoderLayer, LlavaGenerationMixin, Qwen2DecoderLayer
-from .pruned_decoder import GridView, PrunedLayerMixin
+from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import PrunedModelMixin, pruned_forward
+from .visual_grids import GridView
 
 
 class Qwen3DecoderLayer(PrunedLayerMixin, modeling_qwen3.Qwen3DecoderLayer):

@@ -30,10 +30,11 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
-from .pruned_decoder import GridView, PrunedLayerMixin, video_views
+from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
 from .pruning_method import TowerSignals
 from .tower_signals import attention_to_patches, watch
+from .visual_grids import GridView, video_views
 
 
 class LlamaDecoderLayer(PrunedLayerMixin, modeling_llama.LlamaDecoderLayer):

@@ -12,8 +12,8 @@ from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoM
 
 from .configuration_vlmpruner import VLMPrunerLlavaNextVideoConfig
 from .modeling_vlmpruner_llava import AnyResolutionMixin, LlavaGenerationMixin, with_image_sizes
-from .pruned_decoder import GridView, video_views
 from .pruned_model import pruned_forward
+from .visual_grids import GridView, video_views
 
 
 class VLMPrunerLlavaNextVideoModel(AnyResolutionMixin, LlavaNextVideoModel):

@@ -13,8 +13,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerMistral3Config
 from .modeling_vlmpruner_llava import LlamaDecoderLayer, LlavaGenerationMixin, MistralDecoderLayer
-from .pruned_decoder import GridView
 from .pruned_model import PrunedModelMixin, pruned_forward
+from .visual_grids import GridView
 
 
 class VLMPrunerMistral3Model(PrunedModelMixin, Mistral3Model):

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
 from .pruned_cache import CACHE_NAME, position_notes
-from .pruned_decoder import GridView, PrunedLayerMixin, video_views
+from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
     PrunedModelMixin,
@@ -36,6 +36,7 @@ from .pruned_model import (
 )
 from .pruning_method import TowerSignals
 from .tower_signals import attention_to_merged, watch
+from .visual_grids import GridView, video_views
 
 
 class Qwen2VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_vl.Qwen2VLDecoderLayer):

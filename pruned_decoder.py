@@ -21,7 +21,6 @@ Notable choices:
 
 import sys
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,11 +41,13 @@ from .pruned_cache import (
     pruning_states,
     state_of_layer,
 )
-from .pruning_method import StageTokens, TowerSignals
+from .pruning_method import StageTokens
 from .recurrent_rows import row_runs
+from .stage_packing import PackedGrids, Packing
 from .tensor_parallel import all_heads
-from .token_pruning import Selection, num_tokens_to_keep
-from .token_pruning_device import GridBatch, upload
+from .token_pruning import Selection
+from .token_pruning_device import upload
+from .visual_grids import VisualGrid, VisualTokens, ends_of_prompts, keep_needed_outputs, visual_grids
 
 
 # Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer.
@@ -54,317 +55,73 @@ PRUNED_MASK = "pruned_attention_"
 
 
 @dataclass(frozen=True)
-class GridView:
-    """The visual tokens of an image or video that lie on one (height, width) or (frames, height, width) grid.
-
-    Token (f, y, x) of the grid is row `start + f * frame_stride + y * row_stride + x` of the features. Rows of the features
-    that no view covers (a class token, newlines) are structure: never candidates, always kept.
-    """
-
-    height: int
-    width: int
-    start: int = 0
-    row_stride: int | None = None  # None: width
-    frames: int = 1
-    frame_stride: int | None = None  # None: height * row_stride
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return (self.height, self.width) if self.frames == 1 else (self.frames, self.height, self.width)
-
-    def token_indices(self) -> torch.LongTensor:
-        """Rows of the features, in row-major order of the grid. [frames * height * width]"""
-        row_stride = self.row_stride or self.width
-        f = torch.arange(self.frames)[:, None, None] * (self.frame_stride or self.height * row_stride)
-        y = torch.arange(self.height)[:, None] * row_stride
-        return (self.start + f + y + torch.arange(self.width)).flatten()
-
-
-def video_views(
-    frames: int, height: int, width: int, scope: str, row_stride: int | None = None, frame_stride: int | None = None
-) -> list[GridView]:
-    """The grids of a video of `frames` slices: one each with scope "slice", one for all with "video". See `GridView`."""
-    if scope == "video":
-        return [GridView(height, width, row_stride=row_stride, frames=frames, frame_stride=frame_stride)]
-    step = frame_stride or height * (row_stride or width)
-    return [GridView(height, width, start=frame * step, row_stride=row_stride) for frame in range(frames)]
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """The images, or the videos, that come with a call.
+class StageMask:
+    """What layers from a stage on know of padding, once it is known how many tokens they get.
 
     Attributes:
-        modality: "image" or "video".
-        mask: [batch, length] bool, True at the tokens that hold the features, which fill them in row-major order.
-        features: for each image in prompt order, [num_features, hidden_size].
-        views: for each image, its grids.
-        image_ends: [batch, length] bool, True at the last token of an image's last grid, where `features` are of tiles, or of
-            rows of the batch; None where they are of images.
+        counts: how many tokens of the call each row holds from it on.
+        valid: [batch, packed_length] bool, False at the padding in front of shorter rows; None where none is.
+        padding: the same with what the cache holds in front, [batch, past and new entries, or room for more]; None where no
+            entry is padding.
+        causal: the mask for attention, as `create_causal_mask` makes it.
     """
 
-    modality: str
-    mask: torch.BoolTensor
-    features: Sequence[torch.Tensor]
-    views: Sequence[Sequence[GridView]]
-    image_ends: torch.BoolTensor | None = None
-
-
-@dataclass(frozen=True)
-class VisualGrid:
-    """One grid to prune: which row of the batch, which `columns` [num_visual] of this call's tokens, how many to keep.
-
-    `columns` is ascending and on the host. `keeps_last` says that the last of them must stay, because its output is needed.
-    `features` are those of the image, of which the grid's are `tokens` [num_visual].
-    """
-
-    row: int
-    image: int
-    view: int
-    modality: str
-    grid: tuple[int, ...]
-    columns: torch.LongTensor
-    num_keep: int
-    keeps_last: bool = False
-    features: torch.Tensor | None = None
-    tokens: torch.LongTensor | None = None
-
-    def tower(self) -> TowerSignals:
-        """What the vision tower knows of the grid's tokens.
-
-        Raises:
-            ValueError: for features that came without it.
-        """
-        if not hasattr(self.features, "tower"):
-            raise ValueError(
-                f"The {self.modality} features of shape {tuple(self.features.shape)} do not tell what the vision tower "
-                "attended to, which pruning_method looks at. Encode the pixels after pruning_method is set. Videos of LLaVA "
-                "never tell: they are pooled behind the projector, for which no author says what to look at."
-            )
-        return self.features.tower.of(self.tokens)
-
-
-def visual_grids(visual: VisualTokens, ratio: float) -> list[VisualGrid]:
-    """Place the grids of a call in its tokens. `ratio` is the fraction of each grid to remove; the masks are on the host.
-
-    Raises:
-        ValueError: if the images do not fill the rows one after another.
-    """
-    columns = visual.mask.nonzero()[:, 1]
-    lengths = [len(features) for features in visual.features]
-    rows = rows_of_images(visual.mask.sum(1).tolist(), lengths, visual.modality)
-    grids, offset, image, number = [], 0, 0, 0
-    for row, features, views in zip(rows, visual.features, visual.views, strict=True):
-        image_columns = columns[offset : offset + len(features)]
-        offset += len(features)
-        for view in views:
-            tokens = view.token_indices()
-            num_keep = num_tokens_to_keep(len(tokens), ratio)
-            place = (row, image, number, visual.modality, view.grid, image_columns[tokens], num_keep)
-            grids.append(VisualGrid(*place, features=features, tokens=tokens))
-            number += 1
-            if visual.image_ends is not None and visual.image_ends[row, grids[-1].columns[-1]]:
-                image, number = image + 1, 0
-        if visual.image_ends is None:
-            image, number = image + 1, 0
-    return grids
-
-
-def keep_needed_outputs(
-    grids: Sequence[VisualGrid], attention_mask: torch.BoolTensor | None, length: int, num_outputs: int
-) -> list[VisualGrid]:
-    """`grids`, of which those keep their last token that end where an output is needed.
-
-    It is needed at the last real token of each row, from which generation goes on, and at the first of the last `num_outputs`
-    tokens of the call: where text was drafted behind a prompt that ends with an image, that is the end of the prompt.
-
-    Args:
-        attention_mask: [batch, length or more] bool on the host, or None.
-        length: number of tokens of the call.
-        num_outputs: number of outputs that are asked for, or 0 where it is not said.
-    """
-    last_candidate = {}
-    for grid in grids:
-        last_candidate[grid.row] = max(last_candidate.get(grid.row, -1), int(grid.columns[-1]))
-
-    def is_needed(grid: VisualGrid) -> bool:
-        last = int(grid.columns[-1])
-        is_end = last == length - 1 or (attention_mask is not None and not attention_mask[grid.row, last - length + 1 :].any())
-        return last == last_candidate[grid.row] and (is_end or last == length - num_outputs)
-
-    return [replace(grid, keeps_last=is_needed(grid)) for grid in grids]
-
-
-def ends_of_prompts(is_token: torch.BoolTensor, is_visual: torch.BoolTensor, num_outputs: int) -> torch.LongTensor:
-    """The column of the last token of each row's prompt: where the first of `num_outputs` is, but not before an image's end.
-
-    So a method that looks at the prompt's last token sees the same one when decoding runs the whole sequence again, without a
-    cache, and when text was drafted behind the prompt.
-
-    Args:
-        is_token: [batch, length] bool, False at padding.
-        is_visual: [batch, length] bool.
-        num_outputs: number of outputs that are asked for, or 0 where it is not said, and the prompt is the whole row.
-    """
-    columns = torch.arange(is_token.shape[1])
-    limit = torch.where(is_visual, columns, -1).amax(1).clamp_min(is_token.shape[1] - max(num_outputs, 1))
-    return torch.where(is_token & (columns <= limit[:, None]), columns, 0).amax(1)
-
-
-def rows_of_images(tokens_of_rows: list[int], features_of_images: list[int], modality: str) -> list[int]:
-    """The row of each image, given the number of placeholders of each row and of features of each image.
-
-    Raises:
-        ValueError: if the images do not fill the rows one after another.
-    """
-    rows, row, free = [], 0, tokens_of_rows[0] if tokens_of_rows else 0
-    for image, num_features in enumerate(features_of_images):
-        while free == 0 and row + 1 < len(tokens_of_rows):
-            row += 1
-            free = tokens_of_rows[row]
-        if num_features > free:
-            raise ValueError(
-                f"{modality.capitalize()} {image} has {num_features} features, but row {row} of the batch has only {free} of "
-                f"its {tokens_of_rows[row]} placeholders left. Each row needs the placeholders of its own {modality}s."
-            )
-        rows.append(row)
-        free -= num_features
-    return rows
-
-
-@dataclass
-class Packing:
-    """Which of a call's `length` tokens go on, and where.
-
-    Attributes:
-        index: [batch, packed_length] int64, the column that each packed place takes.
-        valid: [batch, packed_length] bool, False where a place is padding; None when no place is.
-        kept: [batch, length] bool, whether a token goes on.
-        merged_places: the (row, packed place) of each kept visual token, ascending; None where nothing is merged into them.
-        place: [batch, length] int64, the packed place of each kept token.
-    """
-
-    index: torch.LongTensor
+    counts: Sequence[int]
     valid: torch.BoolTensor | None
-    kept: torch.BoolTensor
-    merged_places: tuple[torch.LongTensor, torch.LongTensor] | None = None
-    place: torch.LongTensor | None = None
-
-    def following(self, earlier: "Packing") -> "Packing":
-        """This packing of what an earlier one packed, as one."""
-        index = earlier.index.gather(1, self.index)
-        goes_on = torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid
-        return Packing(index, self.valid, torch.zeros_like(earlier.kept).scatter(1, index, goes_on))
-
-    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch or 1, length, ...] -> [batch, packed_length, ...]"""
-        tokens = tokens.expand(self.index.shape[0], *tokens.shape[1:])
-        return tokens.gather(1, _over_features(self.index, tokens))
-
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[batch, packed_length, ...] -> [batch, length, ...], zero where a token was dropped."""
-        if self.valid is not None:
-            packed = packed.masked_fill(~_over_features(self.valid, packed), 0)
-        full = packed.new_zeros(packed.shape[0], self.kept.shape[1], *packed.shape[2:])
-        return full.scatter(1, _over_features(self.index, packed), packed)
+    padding: torch.Tensor | None
+    causal: object
 
 
-def _over_features(per_token: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """View [batch, n] as [batch, n, ...] with the trailing dimensions of `tokens`."""
-    trailing = tokens.shape[2:]
-    return per_token.reshape(*per_token.shape, *(1 for _ in trailing)).expand(*per_token.shape, *trailing)
-
-
-class PackedGrids:
-    """The visual tokens of all grids that a stage finds, one grid after another, and the text that stays: where they are.
-
-    Args:
-        grids: ordered by row.
-        num_keep: how many tokens of each grid the stage is to keep.
-        is_text: [batch, length] bool, on the host.
-        device: where the tensors are made; the host does not wait for them.
+@dataclass(frozen=True)
+class StageChoice:
+    """What a stage found and chose.
 
     Attributes:
-        sizes: how many tokens of each grid are there.
-        batch, layout: at the first stage, the grids for the selection.
-        rows, columns: [T] int64 each, where each token is among the tokens of the call.
-        places: [T] int64, where it is in the flattened batch as the stage finds it.
-        indices: [T] int64, its place in its grid.
-        is_text: [batch, length] bool, on the device.
-        hidden_states: [T, hidden_size] from the selection to the merge, else None.
+        tokens: the visual tokens that it found.
+        view: the same as the method sees them.
+        selection: which of them stay.
+        packing: from the tokens that it found to those that go on.
+        whole_packing: from the call's tokens to those that go on.
     """
 
-    def __init__(self, grids: Sequence[VisualGrid], num_keep: Sequence[int], is_text: torch.BoolTensor, device: torch.device):
-        self.device, self.grids = device, grids
-        required = [len(grid.columns) - 1 if grid.keeps_last else None for grid in grids]
-        self.batch = GridBatch([grid.grid for grid in grids], num_keep, device, required)
-        self.sizes, self.num_keep = self.batch.sizes, self.batch.num_keep
-        rows = torch.cat([torch.full_like(grid.columns, grid.row) for grid in grids])
-        columns = torch.cat([grid.columns for grid in grids])
-        self.rows, self.columns, self.places = upload(
-            torch.stack([rows, columns, rows * is_text.shape[1] + columns]), device
-        ).unbind()
-        self.is_text = upload(is_text, device)
-        self.num_text = is_text.sum(1).tolist()
-        self.layout = self.batch.layout  # made now, not in the middle of the layers
-        self.indices = self.layout.place
-        self.hidden_states: torch.Tensor | None = None
-
-    def after(self, selection: Selection, packing: Packing, num_keep: Sequence[int]) -> "PackedGrids":
-        """Those of the next stage."""
-        later, chosen = copy(self), selection.kept
-        later.batch = later.layout = later.hidden_states = None
-        later.sizes, later.num_keep = selection.counts, tuple(map(min, num_keep, selection.counts))
-        later.rows, later.columns, later.indices = self.rows[chosen], self.columns[chosen], self.indices[chosen]
-        later.places = later.rows * packing.index.shape[1] + packing.place.view(-1)[self.places[chosen]]
-        later.is_text = packing.pack(self.is_text)
-        if packing.valid is not None:
-            later.is_text = later.is_text & packing.valid
-        return later
-
-    def take(self, states: torch.Tensor) -> torch.Tensor:
-        """The tokens' [T, ...] of [batch, length, ...]."""
-        return states.flatten(0, 1).index_select(0, self.places)
-
-    def counts_of_rows(self, counts: Sequence[int] | None = None) -> list[int]:
-        """Number of tokens that go on in each row, where each grid keeps `counts`, by default what it is to keep."""
-        totals = list(self.num_text)
-        for grid, count in zip(self.grids, self.num_keep if counts is None else counts, strict=True):
-            totals[grid.row] += count
-        return totals
-
-    def valid(self, counts_of_rows: Sequence[int]) -> torch.BoolTensor | None:
-        """[batch, packed_length] bool, False at the padding in front of shorter rows; None where all are of one length."""
-        longest, shortest = max(counts_of_rows), min(counts_of_rows)
-        if longest == shortest:
-            return None
-        return upload(torch.arange(longest) >= longest - torch.tensor(counts_of_rows)[:, None], self.device)
+    tokens: PackedGrids
+    view: StageTokens
+    selection: Selection
+    packing: Packing
+    whole_packing: Packing
 
 
-class KeyRecorder:
-    """A cache as one attention layer sees it, which also leaves that layer's keys (after RoPE) with the stage above.
+class LayerBelow:
+    """What the layer below a stage leaves for a method to look at, until the stage has chosen.
 
-    It works with every attention backend, and without a cache, because `update` is the one place all of them share.
+    Attributes:
+        keys: [batch, num_key_value_heads, length, head_dim], of the call's tokens, after RoPE.
+        all_keys: the same with the cache's in front, where `last_tokens` are there.
+        last_tokens: of the layer's input, as `PruningPlan._last_tokens` gives them; None where no attention is looked at.
     """
 
-    def __init__(self, cache: Cache | None, stage: "PruningStage"):
-        self.cache = cache
-        self.stage = stage
+    def __init__(self):
+        self.keys: torch.Tensor | None = None
+        self.all_keys: torch.Tensor | None = None
+        self.last_tokens: tuple | None = None
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        is_first_run = self.stage.packing is None  # not where gradient checkpointing runs the layer again
-        if is_first_run:
-            self.stage.keys = key_states
-        if self.cache is None:
-            all_keys = key_states, value_states
-        else:
-            all_keys = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-        if is_first_run and self.stage.query_inputs is not None:
-            self.stage.all_keys = all_keys[0]
-        return all_keys
 
-    def __getattr__(self, name):
-        return getattr(self.cache, name)
+class LayerInputs:
+    """Keyword inputs of several decoder layers, which may lie on different devices."""
+
+    def __init__(self, values: dict):
+        self.values, self.device = values, None
+
+    def on(self, device: torch.device) -> dict:
+        if self.device != device:
+            self.values, self.device = {name: _on_device(value, device) for name, value in self.values.items()}, device
+        return self.values
+
+
+def _on_device(value, device: torch.device):
+    if isinstance(value, tuple):
+        return tuple(_on_device(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value
 
 
 class PruningStage:
@@ -375,29 +132,46 @@ class PruningStage:
         earlier: the stage before, if any.
         num_keep: how many tokens of each grid it is to keep; empty in a call that only continues on a pruned cache.
         prepared_mask: the mask of the layers from `layer` on, where `generate` made it in advance.
-        tokens, selection, packing: what it found, chose and where that goes, once it has run.
-        layer_inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs.
-        counts: how many tokens of the call each row holds from it on.
+        below: what the method may look at there; None once it has chosen.
+        mask: before layer 0 where the method's counts are known, else once it has chosen.
+        choice: what it found and chose; None before it has run, and in a call that only continues.
+        inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs, once they run.
     """
 
     def __init__(self, layer: int, earlier: "PruningStage | None", num_keep: Sequence[int] = (), prepared_mask=None):
         self.layer, self.earlier, self.num_keep, self.prepared_mask = layer, earlier, num_keep, prepared_mask
-        self.keys = self.all_keys = self.query_inputs = None
-        self.tokens = self.selection = self.packing = self.valid = self.padding_mask = self.mask = None
-        self.layer_inputs = self.layer_device = self.view = self._whole = self.counts = None
-
-    @property
-    def whole_packing(self) -> Packing:
-        """From the call's tokens to those after this stage."""
-        if self.earlier is None:
-            return self.packing
-        if self._whole is None:
-            self._whole = self.packing.following(self.earlier.whole_packing)
-        return self._whole
+        self.below: LayerBelow | None = LayerBelow()
+        self.mask: StageMask | None = None
+        self.choice: StageChoice | None = None
+        self.inputs: LayerInputs | None = None
 
     def unpack_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[batch * packed_length, n] -> [batch * length, n], zero where a token was dropped."""
-        return self.whole_packing.unpack(rows.unflatten(0, self.packing.index.shape)).flatten(0, 1)
+        packing = self.choice.whole_packing
+        return packing.unpack(rows.unflatten(0, packing.index.shape)).flatten(0, 1)
+
+
+class KeyRecorder:
+    """A cache as one attention layer sees it, which also leaves that layer's keys (after RoPE) with the stage above.
+
+    It works with every attention backend, and without a cache, because `update` is the one place all of them share.
+    """
+
+    def __init__(self, cache: Cache | None, below: LayerBelow):
+        self.cache, self.below = cache, below
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.cache is None:
+            all_keys = key_states, value_states
+        else:
+            all_keys = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.below.keys = key_states.detach()
+        if self.below.last_tokens is not None:
+            self.below.all_keys = all_keys[0].detach()
+        return all_keys
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
 
 
 class PruningPlan:
@@ -424,6 +198,7 @@ class PruningPlan:
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
         question: what the caller gave as `pruning_question`.
+        tokens: what the first stage will find, and `is_text`, on the device; None in a call that only continues.
         record: what was kept, once the last stage has run.
     """
 
@@ -449,6 +224,7 @@ class PruningPlan:
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
+        self.tokens: PackedGrids | None = None
         self.record: PruningRecord | None = None
         counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
         self.stages, prepared_masks = [], prepared_masks or {}
@@ -456,7 +232,6 @@ class PruningPlan:
             earlier = self.stages[-1] if self.stages else None
             num_keep = tuple(max(count[number], int(grid.keeps_last)) for count, grid in zip(counts, grids, strict=True))
             self.stages.append(PruningStage(layer, earlier, num_keep, prepared_masks.get(layer)))
-        self.stage = self.stages[0]
 
     @property
     def layer(self) -> int:
@@ -470,12 +245,7 @@ class PruningPlan:
     @property
     def packing(self) -> Packing | None:
         """From the call's tokens to those that go on to the end; None where no stage has run."""
-        return None if self.stages[-1].packing is None else self.stages[-1].whole_packing
-
-    @property
-    def layer_inputs(self) -> dict | None:
-        """What layers get since the stage that ran last."""
-        return self.stage.layer_inputs
+        return None if self.stages[-1].choice is None else self.stages[-1].choice.whole_packing
 
     def stage_of(self, layer_idx: int) -> PruningStage | None:
         """The stage whose tokens layer `layer_idx` runs on; None below the first."""
@@ -483,25 +253,22 @@ class PruningPlan:
 
     def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
         """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
-        if layer_idx == 0 and self.stages[0].tokens is not None and self.method.counts_are_known:
+        if layer_idx == 0 and self.grids and self.method.counts_are_known:
             for stage in self.stages:
-                counts = self.stages[0].tokens.counts_of_rows(stage.num_keep)
-                self._make_mask(stage, hidden_states, inputs.get(CACHE_NAME), counts)
+                counts = self.tokens.counts_of_rows(stage.num_keep)
+                stage.mask = self._make_mask(stage.layer, hidden_states, inputs.get(CACHE_NAME), counts)
         stage = self.stage_of(layer_idx)
         if stage is not None:
             if layer_idx == stage.layer:
-                self.stage = stage
-                hidden_states = self._enter(hidden_states, inputs)
-            if stage.layer_device != hidden_states.device:
-                stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
-                stage.layer_device = hidden_states.device
-            inputs = inputs | stage.layer_inputs
+                hidden_states = self._enter(stage, hidden_states, inputs)
+            inputs = inputs | stage.inputs.on(hidden_states.device)
         if self.layer_types[layer_idx] == "linear_attention":
             return hidden_states, inputs | self._inputs_of_linear(stage, hidden_states.device)
-        if self.grids and (above := self._stage_at(layer_idx + 1)) is not None:
-            if above.packing is None and "attention" in self.method.looks_at:
-                above.query_inputs = self._last_tokens(stage, hidden_states, inputs)
-            inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), above)}
+        below = self._below_stage_at(layer_idx + 1)
+        if below is not None:
+            if "attention" in self.method.looks_at:
+                below.last_tokens = self._last_tokens(stage, hidden_states, inputs)
+            inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), below)}
         return hidden_states, inputs
 
     def _inputs_of_linear(self, stage: PruningStage | None, device: torch.device) -> dict:
@@ -512,16 +279,18 @@ class PruningPlan:
         if (stage, device) not in self._linear_inputs:
             is_token = self.is_token
             if stage is not None:
-                longest = max(stage.counts)
-                is_token = torch.arange(longest) >= longest - torch.tensor(stage.counts)[:, None]
+                longest, counts = max(stage.mask.counts), torch.tensor(stage.mask.counts)
+                is_token = torch.arange(longest) >= longest - counts[:, None]
             runs = row_runs(is_token, self.past_length > 0 or not self.grids, device)
             mask = None if is_token is None or runs is not None else upload(is_token, device)
             self._linear_inputs[stage, device] = {"attention_mask": mask, "row_runs": runs}
         return self._linear_inputs[stage, device]
 
-    def _stage_at(self, layer_idx: int) -> PruningStage | None:
-        stage = self.stage_of(layer_idx)
-        return stage if stage is not None and stage.layer == layer_idx else None
+    def _below_stage_at(self, layer_idx: int) -> LayerBelow | None:
+        """Where the layer below leaves what a stage at layer `layer_idx` looks at; None where no stage there chooses, or it has
+        chosen: gradient checkpointing runs layers again."""
+        stage = self.stage_of(layer_idx) if self.grids else None
+        return stage.below if stage is not None and stage.layer == layer_idx else None
 
     def unpack_outputs(self, outputs) -> None:
         """Give the decoder's `last_hidden_state`, `hidden_states` and `router_logits` the caller's sequence length again, in
@@ -531,7 +300,7 @@ class PruningPlan:
         outputs["last_hidden_state"] = self.packing.unpack(outputs.last_hidden_state)
         if outputs.hidden_states is not None:
             outputs["hidden_states"] = tuple(
-                stage.whole_packing.unpack(states) if states is not None and stage is not None else states
+                stage.choice.whole_packing.unpack(states) if states is not None and stage is not None else states
                 for stage, states in zip(
                     map(self.stage_of, range(-1, len(outputs.hidden_states) - 1)), outputs.hidden_states, strict=True
                 )
@@ -547,7 +316,7 @@ class PruningPlan:
         """Of the logits [batch * length, num_experts] of each layer with a router, the rows of the tokens that it ran on."""
         rows = []
         for stage, logits in zip(map(self.stage_of, self._layers_with_router()), router_logits, strict=True):
-            is_routed = self._new_mask(self.packing.kept.shape[1]) if stage is None else stage.whole_packing.kept
+            is_routed = self._new_mask(self.packing.kept.shape[1]) if stage is None else stage.choice.whole_packing.kept
             rows.append(logits if is_routed is None else logits[is_routed.flatten().to(logits.device)])
         return tuple(rows)
 
@@ -563,59 +332,61 @@ class PruningPlan:
         for mask, features in self.deepstack[layer]:
             mask, features = mask.to(hidden_states.device), features.to(hidden_states.device, hidden_states.dtype)
             added = features.new_zeros(*mask.shape, features.shape[-1]).masked_scatter(mask[..., None], features)
-            if stage is not None and stage.packing is not None:
-                added = stage.whole_packing.pack(added)
+            if stage is not None and stage.choice is not None:
+                added = stage.choice.whole_packing.pack(added)
             hidden_states = hidden_states + added
         return hidden_states
 
-    def _enter(self, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
-        stage, cache = self.stage, inputs.get(CACHE_NAME)
-        stage.layer_device = hidden_states.device
+    def _enter(self, stage: PruningStage, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """The hidden states that go on from a stage, whose `inputs` are made."""
+        cache = inputs.get(CACHE_NAME)
         if not self.grids:
-            stage.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
-            stage.layer_inputs |= self._continued_positions(cache, hidden_states, inputs)
+            mask = self._continued_mask(stage, hidden_states, cache)
+            positions = self._continued_positions(stage, cache, hidden_states, inputs)
+            stage.inputs = LayerInputs({"attention_mask": mask, "position_ids": None} | positions)
             return hidden_states
-        is_first_run = stage.packing is None  # gradient checkpointing runs a layer again: same tokens, new graph
+        if stage.choice is not None:  # gradient checkpointing runs a layer again: same tokens, new graph
+            return self._pack_and_merge(stage.choice, hidden_states)
         embeddings = (
-            inputs["position_embeddings"] if stage.earlier is None else stage.earlier.layer_inputs["position_embeddings"]
+            inputs["position_embeddings"] if stage.earlier is None else stage.earlier.inputs.values["position_embeddings"]
         )
-        if is_first_run:
-            self._select(hidden_states, embeddings, cache)
-            self._make_packing(hidden_states, cache)
-        packed = self._pack_and_merge(hidden_states)
-        if is_first_run:
-            if self.settings.positions == "packed":
-                embeddings = self._packed_positions(cache, packed, inputs)
-            else:
-                embeddings = tuple(stage.packing.pack(part.to(packed.device)) for part in embeddings)
-            stage.layer_inputs = {"attention_mask": stage.mask, "position_ids": None, "position_embeddings": embeddings}
-            stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
-            self._remember(cache)
+        choice = stage.choice = self._choose(stage, hidden_states, embeddings, cache)
+        packed = self._pack_and_merge(choice, hidden_states)
+        if self.settings.positions == "packed":
+            embeddings = self._packed_positions(stage, cache, packed, inputs)
+        else:
+            embeddings = tuple(choice.packing.pack(part.to(packed.device)) for part in embeddings)
+        stage.inputs = LayerInputs(
+            {"attention_mask": stage.mask.causal, "position_ids": None, "position_embeddings": embeddings}
+        )
+        self._remember(stage, cache)
         return packed
 
     def prepare(self, device: torch.device) -> None:
         """Put on `device` what selection and packing need there."""
-        self.stages[0].tokens = PackedGrids(self.grids, self.stages[0].num_keep, self.is_text, device)
+        self.tokens = PackedGrids(self.grids, self.stages[0].num_keep, self.is_text, device)
 
     @torch.no_grad()  # what is looked at has no part in a graph that gradient checkpointing makes again
-    def _select(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> None:
-        stage = self.stage
-        if "keys" not in self.method.looks_at:
-            stage.keys = None
-        elif stage.keys is not None:
-            stage.keys = all_heads(stage.keys.detach(), self.config.num_key_value_heads, self.decoder.layers[stage.layer - 1])
+    def _choose(self, stage: PruningStage, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> StageChoice:
+        """Let the method choose, and say where what stays goes."""
+        hidden_states = hidden_states.detach()
         if stage.earlier is not None:
-            stage.tokens = stage.earlier.tokens.after(stage.earlier.selection, stage.earlier.packing, stage.num_keep)
-        elif stage.tokens.device != hidden_states.device:
-            self.prepare(hidden_states.device)
-        tokens = stage.tokens
-        tokens.hidden_states = tokens.take(hidden_states.detach())
-        keys = None
-        if stage.keys is not None:
-            keys = tokens.take(stage.keys.to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
-        stage.view = StageTokens(
+            earlier = stage.earlier.choice
+            tokens = earlier.tokens.after(earlier.selection, earlier.packing, stage.num_keep, hidden_states.device)
+        else:
+            if self.tokens.device != hidden_states.device:
+                self.prepare(hidden_states.device)
+            tokens = self.tokens
+        below, stage.below, keys = stage.below, None, None
+        if "keys" not in self.method.looks_at:
+            below.keys = None
+        elif below.keys is not None:
+            below.keys = all_heads(below.keys, self.config.num_key_value_heads, self.decoder.layers[stage.layer - 1])
+            keys = tokens.take(below.keys.to(hidden_states.device).transpose(1, 2)).transpose(0, 1)
+        looks_further = self.method.looks_at - {"keys"}
+        view = StageTokens(
             stage=self.stages.index(stage),
-            hidden_states=tokens.hidden_states,
+            hidden_states=tokens.take(hidden_states),
             keys=keys,
             indices=tokens.indices,
             grids=[grid.grid for grid in self.grids],
@@ -623,58 +394,40 @@ class PruningPlan:
             num_keep=tokens.num_keep,
             keeps_last=[grid.keeps_last for grid in self.grids],
             batch=tokens.batch,
-            signals=self._signals(hidden_states, embeddings, cache) if self.method.looks_at - {"keys"} else {},
+            signals=self._signals(stage, tokens, below, hidden_states, embeddings, cache) if looks_further else {},
         )
-        stage.selection = self.method.select_batch(stage.view)
-        stage.keys = stage.all_keys = None
-
-    def _make_packing(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
-        stage = self.stage
-        length, tokens, chosen = hidden_states.shape[1], stage.tokens, stage.selection.kept
-        counts = tokens.counts_of_rows(stage.selection.counts)
-        packed_length = max(counts)
-        kept = tokens.is_text.clone()
-        kept.view(-1).index_fill_(0, tokens.places[chosen], True)
-        # A stable sort takes the dropped tokens to the left and leaves the kept ones in order at the right.
-        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, length - packed_length :]
-        # The last kept token of a row has place packed_length - 1, counted back from there.
-        place = packed_length - kept.flip(1).cumsum(1).flip(1)
-        merged_places = None
-        if self.method.has_merge:
-            merged_places = tokens.rows[chosen], place.view(-1)[tokens.places[chosen]]
+        selection = self.method.select_batch(view)
         if not self.method.counts_are_known:
-            self._make_mask(stage, hidden_states, cache, counts)
-        valid = None if stage.valid is None else stage.valid.to(index.device)
-        stage.packing = Packing(index, valid, kept, merged_places, place)
+            counts = tokens.counts_of_rows(selection.counts)
+            stage.mask = self._make_mask(stage.layer, hidden_states, cache, counts)
+        packing = tokens.packing(selection, stage.mask.counts, stage.mask.valid, self.method.has_merge)
+        whole_packing = packing if stage.earlier is None else packing.following(stage.earlier.choice.whole_packing)
+        return StageChoice(tokens, view, selection, packing, whole_packing)
 
-    def _pack_and_merge(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        stage = self.stage
-        packed = stage.packing.pack(hidden_states)
-        if stage.packing.merged_places is None:
-            stage.tokens.hidden_states = None
+    def _pack_and_merge(self, choice: StageChoice, hidden_states: torch.Tensor) -> torch.Tensor:
+        packed = choice.packing.pack(hidden_states)
+        if choice.packing.merged_places is None:
             return packed
-        states, stage.tokens.hidden_states = stage.tokens.hidden_states, None
-        if states is None or torch.is_grad_enabled():  # the gradient belongs to this run of the layer
-            states = stage.tokens.take(hidden_states)
-        merged = self.method.merge(states, stage.selection, stage.view)
-        return packed.index_put_(stage.packing.merged_places, merged)
+        # A gradient belongs to this run of the layer.
+        states = choice.tokens.take(hidden_states) if torch.is_grad_enabled() else choice.view.hidden_states
+        merged = self.method.merge(states, choice.selection, choice.view)
+        return packed.index_put_(choice.packing.merged_places, merged)
 
-    def _make_mask(self, stage: PruningStage, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> None:
-        """The mask of the layers from a stage on, whose rows will hold `counts` tokens of this call."""
-        packed, stage.valid, stage.counts = hidden_states[:, : max(counts)], self.stages[0].tokens.valid(counts), counts
-        padding_mask = stage.valid
+    def _make_mask(self, layer: int, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> StageMask:
+        """The mask of the layers from `layer` on, whose rows will hold `counts` tokens of this call."""
+        packed, valid = hidden_states[:, : max(counts)], self.tokens.valid(counts)
+        padding = valid
         if cache is not None:
-            kv_length, _ = cache.get_mask_sizes(packed.shape[1], mask_layer(cache, stage.layer))
-            state = state_of_layer(cache, stage.layer) or PrunedCacheState(stage.layer)
-            padding_mask = state.padding_mask_with(stage.valid, packed, self.past_length, self.attention_mask, kv_length)
-        stage.padding_mask = padding_mask
-        stage.mask = self._causal_mask(stage, packed, padding_mask, cache)
+            kv_length, _ = cache.get_mask_sizes(packed.shape[1], mask_layer(cache, layer))
+            state = state_of_layer(cache, layer) or PrunedCacheState(layer)
+            padding = state.padding_mask_with(valid, packed, self.past_length, self.attention_mask, kv_length)
+        return StageMask(counts, valid, padding, self._causal_mask(layer, packed, padding, cache))
 
-    def _remember(self, cache: Cache | None) -> None:
+    def _remember(self, stage: PruningStage, cache: Cache | None) -> None:
         """Write down what was kept, here and with the cache."""
-        stage, tokens = self.stage, self.stage.tokens
-        order = tokens.indices[stage.selection.order].split(stage.selection.counts)
-        positions = (self.stages[0].tokens.columns + self.past_length).split(self.stages[0].tokens.sizes)
+        selection = stage.choice.selection
+        order = stage.choice.tokens.indices[selection.order].split(selection.counts)
+        positions = (self.tokens.columns + self.past_length).split(self.tokens.sizes)
         before = [image.stages for image in self.record] if self.record is not None else [()] * len(self.grids)
         self.record = PruningRecord(
             tuple(
@@ -691,94 +444,101 @@ class PruningPlan:
             )
         )
         if cache is not None:
-            packing = stage.whole_packing
+            packing = stage.choice.whole_packing
             state = open_state(cache, stage.layer)
             state.extend(
                 packing.index, packing.valid, packing.kept.shape[1], self.past_length, self.record, self.attention_mask
             )
             state.is_packed = self.settings.positions == "packed"
 
-    def _continued_mask(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-        if self.stage.prepared_mask is not None:
-            return self.stage.prepared_mask
-        state = state_of_layer(cache, self.stage.layer)
+    def _continued_mask(self, stage: PruningStage, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        if stage.prepared_mask is not None:
+            return stage.prepared_mask
+        state = state_of_layer(cache, stage.layer)
         padding_mask = continued_padding_mask(cache, state, self.attention_mask, hidden_states.shape[1])
         if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable:
             return None  # one token sees all entries: as under every backend without a mask, and without the work of making one
-        return self._causal_mask(self.stage, hidden_states, padding_mask, cache)
+        return self._causal_mask(stage.layer, hidden_states, padding_mask, cache)
 
-    def _causal_mask(
-        self, stage: PruningStage, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None
-    ):
+    def _causal_mask(self, layer: int, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=padding_mask,
             position_ids=None,
-            layer_idx=mask_layer(cache, stage.layer),
+            layer_idx=mask_layer(cache, layer),
             **{CACHE_NAME: cache},
         )
 
-    def _continued_positions(self, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
+    def _continued_positions(self, stage: PruningStage, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
         """Position embeddings of new tokens, where kept ones were packed; else those that the decoder made stay."""
-        if not state_of_layer(cache, self.stage.layer).is_packed:
+        state = state_of_layer(cache, stage.layer)
+        if not state.is_packed:
             return {}
-        dropped = upload(state_of_layer(cache, self.stage.layer).dropped_of_rows(len(hidden_states)), hidden_states.device)
+        dropped = upload(state.dropped_of_rows(len(hidden_states)), hidden_states.device)
         return {"position_embeddings": self.decoder.rotary_emb(hidden_states, inputs["position_ids"] - dropped[:, None])}
 
-    def _packed_positions(self, cache: Cache | None, packed: torch.Tensor, inputs: dict) -> tuple:
+    def _packed_positions(self, stage: PruningStage, cache: Cache | None, packed: torch.Tensor, inputs: dict) -> tuple:
         """Position embeddings that count the kept tokens alone."""
-        packing, device = self.stage.whole_packing, packed.device
+        packing, device = stage.choice.whole_packing, packed.device
         is_dropped = ~packing.kept
         if self.attention_mask is not None:
             is_dropped = is_dropped & upload(self._new_mask(is_dropped.shape[1]), device)
         before = is_dropped.cumsum(1)
-        state = None if cache is None else state_of_layer(cache, self.stage.layer)
+        state = None if cache is None else state_of_layer(cache, stage.layer)
         if state is not None:
             before = before + upload(state.dropped_of_rows(len(packed)), device)[:, None]
         return self.decoder.rotary_emb(packed, packing.pack(inputs["position_ids"] - before))
 
     # What methods look at
 
-    def _last_tokens(self, below: PruningStage | None, hidden_states: torch.Tensor, inputs: dict) -> tuple:
+    def _last_tokens(self, earlier: PruningStage | None, hidden_states: torch.Tensor, inputs: dict) -> tuple:
         """The last token of each row's prompt in a layer's input, [batch, hidden_size], its position embeddings, [batch, dim]
         each, and its place, [batch]."""
-        last = self._last_places(below, hidden_states)
+        last = self._last_places(earlier, hidden_states)
         rows = torch.arange(len(last), device=last.device)
         embeddings = (part.to(last.device).expand(len(last), -1, -1) for part in inputs["position_embeddings"])
         return hidden_states.detach()[rows, last], tuple(part[rows, last] for part in embeddings), last
 
-    def _last_places(self, below: PruningStage | None, hidden_states: torch.Tensor) -> torch.LongTensor:
-        """The place of each row's last token of the prompt, as the stage `below` left them. [batch]"""
-        if below is None:
+    def _last_places(self, earlier: PruningStage | None, hidden_states: torch.Tensor) -> torch.LongTensor:
+        """The place of each row's last token of the prompt, as the stage `earlier` left them. [batch]"""
+        if earlier is None:
             return upload(self.prompt_ends, hidden_states.device)
         tokens_after = self.is_text & (torch.arange(self.is_text.shape[1]) > self.prompt_ends[:, None])
         return upload(hidden_states.shape[1] - 1 - tokens_after.sum(1), hidden_states.device)
 
-    def _signals(self, hidden_states: torch.Tensor, embeddings: tuple, cache: Cache | None) -> dict:
+    def _signals(
+        self,
+        stage: PruningStage,
+        tokens: PackedGrids,
+        below: LayerBelow,
+        hidden_states: torch.Tensor,
+        embeddings: tuple,
+        cache: Cache | None,
+    ) -> dict:
         """What the method looks at beside hidden states and keys; see `ImageTokens`."""
-        stage, looks_at, signals = self.stage, self.method.looks_at, {}
-        below, num_new = stage.earlier, hidden_states.shape[1]
+        earlier, looks_at, signals, num_new = stage.earlier, self.method.looks_at, {}, hidden_states.shape[1]
         if "attention" in looks_at:
-            mask = self.attention_mask if below is None else below.padding_mask
-            num_past = self.past_length if below is None else self.past_entries[below.layer]
-            keys = stage.all_keys[:, :, : num_past + num_new]
-            signals |= self._attention(self.decoder.layers[stage.layer - 1], stage.query_inputs, keys, mask)
+            mask = self.attention_mask if earlier is None else earlier.mask.padding
+            num_past = self.past_length if earlier is None else self.past_entries[earlier.layer]
+            keys = below.all_keys[:, :, : num_past + num_new]
+            signals |= self._attention(tokens, self.decoder.layers[stage.layer - 1], below.last_tokens, keys, mask)
         if "own_attention" in looks_at:
             layer = self.decoder.layers[stage.layer]
-            last = self._last_tokens(below, hidden_states, {"position_embeddings": embeddings})
-            keys = projected(layer, "k", hidden_states.detach(), embeddings)
-            mask = self._new_mask(num_new) if below is None else below.valid
+            last = self._last_tokens(earlier, hidden_states, {"position_embeddings": embeddings})
+            keys = projected(layer, "k", hidden_states, embeddings)
+            mask = self._new_mask(num_new) if earlier is None else earlier.mask.valid
             if num_past := self.past_entries[stage.layer]:
                 keys = torch.cat([cache.layers[stage.layer].keys[:, :, :num_past].to(keys), keys], dim=2)
-                mask = self._with_past(mask, cache, num_past, len(hidden_states), num_new)
-            signals |= self._attention(layer, last, keys, mask)
+                mask = self._with_past(stage, mask, cache, num_past, len(hidden_states), num_new)
+            signals |= self._attention(tokens, layer, last, keys, mask)
         if "text" in looks_at:
             is_text = upload(self.is_prompt_text, hidden_states.device)
-            if below is not None:
-                is_text = below.whole_packing.pack(is_text & below.whole_packing.kept)
+            if earlier is not None:
+                packing = earlier.choice.whole_packing
+                is_text = packing.pack(is_text & packing.kept)
             signals |= {
-                "text": partial(self._text_of, hidden_states.detach(), is_text, stage.keys),
+                "text": partial(self._text_of, tokens, hidden_states, is_text, below.keys),
                 "final_norm": self.decoder.norm,
             }
         if "question" in looks_at:
@@ -806,10 +566,10 @@ class PruningPlan:
         """[batch, length] bool on the host, the call's tokens that are no padding; None where none is."""
         return None if self.attention_mask is None else self.attention_mask[:, -length:] != 0
 
-    def _with_past(self, mask: torch.Tensor | None, cache: Cache, num_past: int, batch: int, num_new: int):
+    def _with_past(self, stage: PruningStage, mask: torch.Tensor | None, cache: Cache, num_past: int, batch: int, num_new: int):
         """The mask of a call's tokens with that of the stage's cache in front; None where neither has padding."""
         seen = None if self.attention_mask is None else self.attention_mask[:, : self.past_length]
-        state = state_of_layer(cache, self.stage.layer)
+        state = state_of_layer(cache, stage.layer)
         past = seen if state is None else state.padding_mask(seen, num_past)
         if mask is None and past is None:
             return None
@@ -819,18 +579,21 @@ class PruningPlan:
         ]
         return torch.cat(parts, dim=1)
 
-    def _attention(self, layer: nn.Module, last: tuple, keys: torch.Tensor, mask: torch.Tensor | None) -> dict:
-        """The rows of the prompts' last tokens over `keys`: at the stage's visual tokens, mean over heads, [T] float32 each.
+    def _attention(
+        self, tokens: PackedGrids, layer: nn.Module, last: tuple, keys: torch.Tensor, mask: torch.Tensor | None
+    ) -> dict:
+        """The rows of the prompts' last tokens over `keys`: at a stage's visual tokens, mean over heads, [T] float32 each.
 
         Args:
+            tokens: the visual tokens.
             layer: the decoder layer they belong to.
             last: of `_last_tokens`.
             keys: [batch, num_key_value_heads, past and new tokens, head_dim], after RoPE.
             mask: [batch, past and new tokens (or room for more)], zero at padding; None where none is.
         """
-        tokens, (states, embeddings, places) = self.stage.tokens, last
+        states, embeddings, places = last
         query = projected(layer, "q", states[:, None], tuple(part[:, None] for part in embeddings))[:, :, 0].float()
-        keys = keys.detach().to(query.device, torch.float32).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+        keys = keys.to(query.device, torch.float32).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
         logits = torch.einsum("bhd,bhnd->bhn", query, keys) * layer.self_attn.scaling
         scores = logits.clone()
         if mask is not None:
@@ -845,13 +608,20 @@ class PruningPlan:
         rows = {"attention": scores.mean(1), "logits": logits.mean(1)}
         return {name: row.to(tokens.rows.device)[places] for name, row in rows.items()}
 
-    def _text_of(self, hidden_states: torch.Tensor, is_text: torch.Tensor, keys: torch.Tensor | None, image: int) -> tuple:
+    def _text_of(
+        self,
+        tokens: PackedGrids,
+        hidden_states: torch.Tensor,
+        is_text: torch.Tensor,
+        keys: torch.Tensor | None,
+        image: int,
+    ) -> tuple:
         """`text_states`, `text_keys` and `is_after` of `ImageTokens`."""
-        tokens, row = self.stage.tokens, self.grids[image].row
+        row = self.grids[image].row
         text = is_text[row].nonzero()[:, 0]
         end = sum(tokens.sizes[: image + 1])
         is_after = text > tokens.places[end - 1] % is_text.shape[1]
-        return hidden_states[row, text], None if keys is None else keys.detach().to(text.device)[row][:, text], is_after
+        return hidden_states[row, text], None if keys is None else keys.to(text.device)[row][:, text], is_after
 
 
 def projected(layer: nn.Module, name: str, hidden_states: torch.Tensor, embeddings: tuple) -> torch.Tensor:
@@ -871,17 +641,6 @@ def projected(layer: nn.Module, name: str, hidden_states: torch.Tensor, embeddin
     states = states.transpose(1, 2)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # some rotate pairs, or a part of each head
     return rotate(states, states, *(part.to(states.device) for part in embeddings))[0]
-
-
-def _on_device(layer_inputs: dict, device: torch.device) -> dict:
-    """Move the inputs of the pruned layers, for models whose layers are spread over devices."""
-
-    def move(value):
-        if isinstance(value, tuple):
-            return tuple(move(part) for part in value)
-        return value.to(device) if hasattr(value, "to") else value
-
-    return {name: move(value) for name, value in layer_inputs.items()}
 
 
 def make_plan(

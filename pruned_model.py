@@ -30,18 +30,9 @@ from .pruned_cache import (
     pruning_states,
     takes_cache,
 )
-from .pruned_decoder import (
-    PRUNED_MASK,
-    GridView,
-    PruningPlan,
-    VisualTokens,
-    check_mask,
-    has_pruned_mask,
-    make_plan,
-    prune_decoder,
-    rows_of_images,
-)
+from .pruned_decoder import PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
 from .tensor_parallel import check_heads
+from .visual_grids import GridView, VisualTokens, rows_of_images
 
 
 STOCK_MASK = "stock_attention"

@@ -15,7 +15,7 @@ from vlmpruner.method_vlm_pruner import VLMPruner
 from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.modeling_vlmpruner_qwen2vl import VLMPrunerQwen2VLForConditionalGeneration
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
-from vlmpruner.pruned_decoder import GridView
+from vlmpruner.visual_grids import GridView
 
 
 @pytest.fixture(params=["cpu", "device"], autouse=True)

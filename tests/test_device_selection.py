@@ -16,9 +16,11 @@ from test_token_pruning import GOLDEN, load_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from vlmpruner import stage_packing
 from vlmpruner.method_vlm_pruner import VLMPruner
 from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
+from vlmpruner.stage_packing import PackedGrids, Packing
 from vlmpruner.token_pruning import (
     PruningParameters,
     Selection,
@@ -27,6 +29,7 @@ from vlmpruner.token_pruning import (
     select_random,
 )
 from vlmpruner.token_pruning_device import GridBatch, Layout, select_packed_in_torch
+from vlmpruner.visual_grids import VisualGrid
 
 
 def select_in_torch(hidden_states, keys, batch, parameters):
@@ -405,3 +408,44 @@ def test_interpreted_launches_do_not_grow_with_the_images(monkeypatch):
             select_in_triton(hidden_states, keys, batch, PruningParameters(num_channels=16))
         operations_of.append(operations.count)
     assert counts == [6, 6] and operations_of[0] == operations_of[1] < 40
+
+
+# Layers on several devices
+
+
+def test_what_one_device_packs_another_takes(monkeypatch):
+    """A stage on one device, the next on another, outputs on a third; on CUDA devices that need not exist."""
+    monkeypatch.setattr(stage_packing, "upload", torch.Tensor.to)  # memory that does not exist can not be pinned
+    columns = torch.arange(1, 7), torch.arange(6)
+    grids = [VisualGrid(row, row, 0, "image", (2, 3), columns[row], 4) for row in range(2)]
+    is_text = torch.ones(2, 8, dtype=torch.bool)
+    for grid in grids:
+        is_text[grid.row, grid.columns] = False
+    on_host = PackedGrids(grids, (4, 2), is_text, torch.device("cpu"))
+
+    def run(first, second, third):
+        def packing_of(tokens: PackedGrids, *order: int) -> tuple[Selection, Packing]:
+            order = torch.tensor(order, device=tokens.device)
+            selection = Selection((len(order) - 2, 2), order, order)
+            counts = tokens.counts_of_rows(selection.counts)
+            return selection, tokens.packing(selection, counts, tokens.valid(counts), has_merge=True)
+
+        states = torch.arange(1.0, 17, device=first).view(2, 8, 1)
+        tokens = copy.copy(on_host)
+        tokens.device = first
+        for name in ("rows", "columns", "places", "indices", "is_text"):
+            setattr(tokens, name, getattr(on_host, name).to(first))
+        selection, at_first = packing_of(tokens, 0, 2, 3, 5, 7, 8)
+        later = tokens.after(selection, at_first, (2, 2), second)
+        packed = at_first.pack(states).to(second)
+        _, at_second = packing_of(later, 1, 3, 4, 5)
+        whole = at_second.following(at_first)
+        outputs = at_second.pack(packed).to(third)
+        return whole.unpack(outputs), whole.pack(states), at_first.pack(states.to(third)), later.take(packed)
+
+    places = [torch.device("cuda", number) for number in range(3)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert [tensor.device for tensor in run(*places)] == [places[2], places[0], places[2], places[1]]
+    unpacked, packed, *_ = run("cpu", "cpu", "cpu")
+    assert unpacked[..., 0].tolist() == [[1, 0, 0, 4, 0, 0, 7, 8], [0, 10, 11, 0, 0, 0, 15, 16]]
+    assert packed[..., 0].tolist() == [[1, 4, 7, 8], [10, 11, 15, 16]]

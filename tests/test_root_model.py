@@ -109,12 +109,12 @@ def test_wrong_positions_fall_below_the_margin(root, questions, monkeypatch, fau
     plan = plan_class(root[0])
     enter = plan._enter
 
-    def faulty(self, hidden_states, inputs):
-        packed = enter(self, hidden_states, inputs)
+    def faulty(self, stage, hidden_states, inputs):
+        packed = enter(self, stage, hidden_states, inputs)
         if self.grids:
-            embeddings = self.layer_inputs["position_embeddings"]
+            embeddings = stage.inputs.values["position_embeddings"]
             order = torch.randperm(packed.shape[1])
-            self.layer_inputs["position_embeddings"] = tuple(
+            stage.inputs.values["position_embeddings"] = tuple(
                 part[:, order] if fault == "shuffled" else whole[:, : packed.shape[1]]
                 for part, whole in zip(embeddings, inputs["position_embeddings"], strict=True)
             )

@@ -12,7 +12,7 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from vlmpruner.pruned_decoder import GridView, video_views
+from vlmpruner.visual_grids import GridView, video_views
 
 
 @dataclass(frozen=True)
