@@ -927,7 +927,8 @@ def test_back_to_a_base_that_the_stock_classes_open(family, exported, tmp_path, 
         for path in output.glob("*.json"):
             assert not re.search("pruning_|auto_map|VLMPruner", path.read_text()), path
     with torch.no_grad():
-        assert torch.equal(auto.eval()(**inputs).logits, stock.eval()(**inputs).logits)
+        found, wanted = (model.eval()(**inputs).logits for model in (auto, stock))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # of equal weights, but a kernel may follow their alignment
     again = quietly(output, tmp_path / "again")
     assert ratio_of(again) == 0.889
 

@@ -55,11 +55,13 @@ TENSOR_PARALLEL = """
 """
 
 
-def two_processes(script: str, folder: Path, *arguments: str) -> str:
+def two_processes(script: str, folder: Path, *arguments: str) -> list[str]:
+    """What each prints, from a file of its own: on one pipe they would meet in the middle of a line."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
+    options = ("--standalone", "--nproc-per-node", "2", "--redirects", "1", "--log-dir", folder / "logs")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, folder, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", *options, path, folder, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,
@@ -67,7 +69,7 @@ def two_processes(script: str, folder: Path, *arguments: str) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return [path.read_text() for path in sorted((folder / "logs").glob("**/[01]/stdout.log"))]
 
 
 def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(tmp_path):
@@ -98,7 +100,7 @@ def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(tmp_path):
 def test_the_page_s_program_answers_on_two_ranks(tmp_path):
     page = (TESTS.parent / "docs" / "parallel.md").read_text()
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert two_processes(program, tmp_path).splitlines() == ["CLIFF 64"] * 2
+    assert two_processes(program, tmp_path) == ["CLIFF 64\n"] * 2
 
 
 def test_key_heads_that_the_ranks_do_not_divide_are_named():
