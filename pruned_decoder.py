@@ -30,6 +30,7 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
+from .attention_correction import additive_masks, distance_term, refuse_backend
 from .configuration_vlmpruner import PruningSettings, layer_types_of
 from .pruned_cache import (
     CACHE_NAME,
@@ -49,8 +50,10 @@ from .token_pruning import Selection, num_tokens_to_keep
 from .token_pruning_device import GridBatch, upload
 
 
-# Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer.
+# Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer,
+# and where attention is corrected, with `OWN` behind, that of this layer alone.
 PRUNED_MASK = "pruned_attention_"
+OWN = "_own"
 
 
 @dataclass(frozen=True)
@@ -378,13 +381,14 @@ class PruningStage:
         tokens, selection, packing: what it found, chose and where that goes, once it has run.
         layer_inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs.
         counts: how many tokens of the call each row holds from it on.
+        own_mask: the mask of layer `layer` itself where attention is corrected; that of the layers above is in `layer_inputs`.
     """
 
     def __init__(self, layer: int, earlier: "PruningStage | None", num_keep: Sequence[int] = (), prepared_mask=None):
         self.layer, self.earlier, self.num_keep, self.prepared_mask = layer, earlier, num_keep, prepared_mask
         self.keys = self.all_keys = self.query_inputs = None
         self.tokens = self.selection = self.packing = self.valid = self.padding_mask = self.mask = None
-        self.layer_inputs = self.layer_device = self.view = self._whole = self.counts = None
+        self.layer_inputs = self.layer_device = self.view = self._whole = self.counts = self.own_mask = None
 
     @property
     def whole_packing(self) -> Packing:
@@ -424,6 +428,7 @@ class PruningPlan:
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
         question: what the caller gave as `pruning_question`.
+        corrects_attention: whether the masks of the pruned layers say how many tokens a row stands for.
         record: what was kept, once the last stage has run.
     """
 
@@ -449,6 +454,7 @@ class PruningPlan:
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
+        self.corrects_attention = False
         self.record: PruningRecord | None = None
         counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
         self.stages, prepared_masks = [], prepared_masks or {}
@@ -457,6 +463,18 @@ class PruningPlan:
             num_keep = tuple(max(count[number], int(grid.keeps_last)) for count, grid in zip(counts, grids, strict=True))
             self.stages.append(PruningStage(layer, earlier, num_keep, prepared_masks.get(layer)))
         self.stage = self.stages[0]
+
+    def correct_attention(self, states: Sequence[PrunedCacheState]) -> None:
+        """Find out whether attention is corrected: by this call's method, or because of what the cache holds.
+
+        Raises:
+            ValueError: where the decoder's attention takes no such mask.
+        """
+        self.corrects_attention = bool(self.grids and self.method.corrections) or any(
+            state.sizes is not None for state in states
+        )
+        if self.corrects_attention:
+            refuse_backend(self.config)
 
     @property
     def layer(self) -> int:
@@ -496,6 +514,8 @@ class PruningPlan:
                 stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
                 stage.layer_device = hidden_states.device
             inputs = inputs | stage.layer_inputs
+            if layer_idx == stage.layer and stage.own_mask is not None:
+                inputs["attention_mask"] = stage.own_mask
         if self.layer_types[layer_idx] == "linear_attention":
             return hidden_states, inputs | self._inputs_of_linear(stage, hidden_states.device)
         if self.grids and (above := self._stage_at(layer_idx + 1)) is not None:
@@ -572,7 +592,11 @@ class PruningPlan:
         stage, cache = self.stage, inputs.get(CACHE_NAME)
         stage.layer_device = hidden_states.device
         if not self.grids:
-            stage.layer_inputs = {"attention_mask": self._continued_mask(hidden_states, cache), "position_ids": None}
+            mask = self._continued_mask(hidden_states, cache)
+            if self.corrects_attention and stage.prepared_mask is None:
+                sizes = state_of_layer(cache, stage.layer).sizes_of_rows()
+                stage.own_mask, mask = additive_masks(mask, sizes, hidden_states.dtype)
+            stage.layer_inputs = {"attention_mask": mask, "position_ids": None}
             stage.layer_inputs |= self._continued_positions(cache, hidden_states, inputs)
             return hidden_states
         is_first_run = stage.packing is None  # gradient checkpointing runs a layer again: same tokens, new graph
@@ -588,9 +612,11 @@ class PruningPlan:
                 embeddings = self._packed_positions(cache, packed, inputs)
             else:
                 embeddings = tuple(stage.packing.pack(part.to(packed.device)) for part in embeddings)
+            self._remember(cache)
+            if self.corrects_attention:
+                self._correct_masks(packed, cache)
             stage.layer_inputs = {"attention_mask": stage.mask, "position_ids": None, "position_embeddings": embeddings}
             stage.layer_inputs = _on_device(stage.layer_inputs, hidden_states.device)
-            self._remember(cache)
         return packed
 
     def prepare(self, device: torch.device) -> None:
@@ -693,17 +719,38 @@ class PruningPlan:
         if cache is not None:
             packing = stage.whole_packing
             state = open_state(cache, stage.layer)
-            state.extend(
-                packing.index, packing.valid, packing.kept.shape[1], self.past_length, self.record, self.attention_mask
-            )
+            place = packing.index, packing.valid, packing.kept.shape[1], self.past_length
+            state.extend(*place, self.record, self.attention_mask, self._sizes() if self.method.corrections else None)
             state.is_packed = self.settings.positions == "packed"
+
+    def _sizes(self) -> torch.Tensor:
+        """How many tokens each packed one stands for, in the stage's layer and in those above. [batch, packed_length, 2]"""
+        stage, index = self.stage, self.stage.packing.index
+        sizes = torch.ones(*index.shape, 2, device=index.device)
+        return sizes.index_put_(stage.packing.merged_places, self.method.sizes(stage.selection, stage.view))
+
+    @torch.no_grad()
+    def _correct_masks(self, packed: torch.Tensor, cache: Cache | None) -> None:
+        """Let the masks of the stage's layer and of those above add what methods ask for; see `attention_correction.py`."""
+        stage, packing, distance = self.stage, self.stage.whole_packing, None
+        state = None if cache is None else state_of_layer(cache, stage.layer)
+        places = packing.index if state is None else state.positions
+        if "distance" in self.method.corrections:
+            ends = upload(self.prompt_ends, packed.device)
+            has_image = torch.zeros(len(ends), dtype=torch.bool)
+            has_image[[grid.row for grid in self.grids]] = True
+            is_prompt = (packing.index <= ends[:, None]) & upload(has_image, packed.device)[:, None]
+            length = self.past_length + packing.kept.shape[1]
+            distance = distance_term(places, is_prompt, self.attention_mask, length, self.decoder.rotary_emb.inv_freq)
+        sizes = self._sizes() if state is None else state.sizes
+        stage.own_mask, stage.mask = additive_masks(stage.mask, sizes, packed.dtype, distance)
 
     def _continued_mask(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
         if self.stage.prepared_mask is not None:
             return self.stage.prepared_mask
         state = state_of_layer(cache, self.stage.layer)
         padding_mask = continued_padding_mask(cache, state, self.attention_mask, hidden_states.shape[1])
-        if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable:
+        if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable and not self.corrects_attention:
             return None  # one token sees all entries: as under every backend without a mask, and without the work of making one
         return self._causal_mask(self.stage, hidden_states, padding_mask, cache)
 
@@ -716,6 +763,7 @@ class PruningPlan:
             attention_mask=padding_mask,
             position_ids=None,
             layer_idx=mask_layer(cache, stage.layer),
+            allow_is_causal_skip=not self.corrects_attention,
             **{CACHE_NAME: cache},
         )
 
@@ -920,7 +968,11 @@ def make_plan(
         is_token = None
         if is_hybrid and length > 1 and isinstance(attention_mask, torch.Tensor):
             is_token = attention_mask[:, -length:].cpu() != 0
-        return PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks, is_token=is_token)
+        plan = PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks, is_token=is_token)
+        for stage in plan.stages:
+            stage.own_mask = prepared.get(f"{PRUNED_MASK}{stage.layer}{OWN}")
+        plan.correct_attention(states)
+        return plan
     new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
     if states and layers != new_layers:
         raise ValueError(
@@ -970,6 +1022,7 @@ def make_plan(
         prompt_ends=prompt_ends,
         is_token=attention_mask[:, -length:] if is_hybrid and attention_mask is not None else None,
     )
+    plan.correct_attention(states)
     if grids:
         plan.prepare(device)
     return plan
