@@ -1,8 +1,8 @@
-"""Attention that knows how many tokens a row stands for: additive masks for the layers of a stage, where a method asks for them.
+"""Attention that knows how many tokens a row stands for: additive masks, where a method asks for them.
 
 To the logit of a query and a key is added
-- "size": the log of the size of the key's row. n equal tokens merged into one of size n get the attention that they had. Every
-  query adds it, of prompts, later turns and decoded tokens alike, so the cache remembers sizes.
+- "size": the log of the size of the key's row. So a row of n equal tokens at one position gets what the n would get together.
+  Every query adds it, of prompts, later turns and decoded tokens alike, and the cache remembers sizes.
 - "distance": log(2 - c(d)), c(d) the mean of cos(d f) over the decoder's inverse frequencies f, d how many tokens of the full
   sequence the two are apart, padding not counted. 0 at d = 0. Added by the queries of a prompt alone: in rows that bring an
   image in the call, up to the prompt's last token.

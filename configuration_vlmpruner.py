@@ -304,17 +304,17 @@ class PruningConfig(method_keys()):
             self._refuse_layers_of_a_hybrid(method, layer_types)
 
     def _refuse_positions_that_are_no_counts(self, method: PruningMethod, text_config):
-        """Raise a ValueError where positions do not count the full sequence, or what the method makes of distances is not fixed."""
+        """Raise a ValueError where positions do not count the full sequence's tokens, or their frequencies change with it."""
         rope = getattr(text_config, "rope_parameters", None) or {}
         if "mrope_section" in rope:
             raise ValueError(
-                f"pruning_method {self.pruning_method!r} puts merged tokens at the median of their positions, but those of this "
-                f"{text_config.model_type} model have three axes (M-RoPE) and no median. Choose another pruning_method."
+                f"pruning_method {self.pruning_method!r} puts merged tokens at the median of their positions, but those of "
+                f"this {text_config.model_type} model have three axes (M-RoPE) and no median. Choose another pruning_method."
             )
         if self.pruning_positions != "original":
             raise ValueError(
-                f"pruning_positions={self.pruning_positions!r} can not be with pruning_method {self.pruning_method!r}, which puts "
-                "merged tokens at the median of their positions in the full sequence. Set it to 'original'."
+                f"pruning_positions={self.pruning_positions!r} can not be with pruning_method {self.pruning_method!r}, which "
+                "puts merged tokens at the median of their positions in the full sequence. Set it to 'original'."
             )
         if "distance" in method.corrections and rope.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError(
