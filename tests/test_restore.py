@@ -284,7 +284,7 @@ CONVERSATION = [
     [([picture(1)], "What?"), ([picture(2), picture(3)], "What is in these pictures, then?")],
     [9, 11],
     [10, 12],
-    [([], "Tell me a good deal more about it, please."), ([], "Why?")],
+    [([], "Why?"), ([], "Tell me a good deal more about it, please.")],
     [([picture(4)], "And in this one, what do you see?"), ([], "Is that so?")],
     [13, 14],
 ]
