@@ -288,6 +288,8 @@ class PruningConfig(method_keys()):
                 "them as images, and is not told which of them are of one video. Set it to 'slice'."
             )
         method = self._method()
+        if method.counts_positions:
+            self._refuse_positions_that_are_no_counts(method, text_config)
         layers, layer_types = method.stage_layers(), layer_types_of(text_config)
         window = getattr(text_config, "sliding_window", None)
         for layer, layer_type in enumerate(layer_types[layers[0] :], start=layers[0]):
@@ -300,6 +302,26 @@ class PruningConfig(method_keys()):
                 )
         if "linear_attention" in layer_types:
             self._refuse_layers_of_a_hybrid(method, layer_types)
+
+    def _refuse_positions_that_are_no_counts(self, method: PruningMethod, text_config):
+        """Raise a ValueError where positions do not count the full sequence's tokens, or their frequencies change with it."""
+        rope = getattr(text_config, "rope_parameters", None) or {}
+        if "mrope_section" in rope:
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} puts merged tokens at the median of their positions, but those of "
+                f"this {text_config.model_type} model have three axes (M-RoPE) and no median. Choose another pruning_method."
+            )
+        if self.pruning_positions != "original":
+            raise ValueError(
+                f"pruning_positions={self.pruning_positions!r} can not be with pruning_method {self.pruning_method!r}, which "
+                "puts merged tokens at the median of their positions in the full sequence. Set it to 'original'."
+            )
+        if "distance" in method.corrections and rope.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} weighs distances by the frequencies of RoPE, but those of this "
+                f"{text_config.model_type} model (rope_type {rope['rope_type']!r}) change with the length of the sequence. Set "
+                "pruning_attention_correction to 'size' or 'none'."
+            )
 
     def _refuse_layers_of_a_hybrid(self, method: PruningMethod, layer_types: list[str]):
         """Raise a ValueError where a method looks at what a layer of linear attention does not have."""

@@ -129,6 +129,8 @@ class PrunedCacheState:
     `positions` describes the first entries of those layers: [rows, entries] int64, the place of an entry in the full sequence,
     -1 for padding. Everything after them, and after `full_length` in the full sequence, is one to one: decoded tokens and
     later turns of text. `rows` tells which described row each row of the cache is, since beam search moves rows at every step.
+    Where a method says how many tokens an entry stands for, `sizes` has it, [rows, entries, 2] as `PruningMethod.sizes`; it is
+    None where each stands for itself, as everything after them does.
     """
 
     def __init__(self, layer: int):
@@ -139,6 +141,7 @@ class PrunedCacheState:
     def clear(self) -> None:
         self.full_length = 0
         self.positions: torch.LongTensor | None = None
+        self.sizes: torch.Tensor | None = None
         self.has_padding = False
         self.rows: torch.LongTensor | None = None
         self._record = PruningRecord()
@@ -161,6 +164,7 @@ class PrunedCacheState:
         past_length: int,
         record: PruningRecord,
         attention_mask: torch.Tensor | None,
+        sizes: torch.Tensor | None = None,
     ) -> None:
         """Describe the entries up to the end of a call that prunes.
 
@@ -171,6 +175,7 @@ class PrunedCacheState:
             past_length: full sequence length before the call.
             record: what the call kept.
             attention_mask: the caller's 2-D mask of the whole sequence on the host, or None.
+            sizes: [batch, entries, 2] float32, how many tokens each new entry stands for; None where each is one.
         """
         self._settle_rows()
         batch, device = index.shape[0], index.device
@@ -183,6 +188,10 @@ class PrunedCacheState:
             new = new.masked_fill(~valid, -1)
         self.has_padding |= valid is not None or is_padding is not None
         described = [] if self.positions is None else [self.positions.to(device)]
+        if sizes is not None or self.sizes is not None:
+            ones = torch.ones(batch, self.num_entries + since.shape[1] + new.shape[1], 2, device=device)
+            parts = [ones[:, : self.num_entries] if self.sizes is None else self.sizes.to(device), ones[:, : since.shape[1]]]
+            self.sizes = torch.cat([*parts, ones[:, : new.shape[1]] if sizes is None else sizes], dim=1)
         self.positions = torch.cat([*described, since, new], dim=1)
         self.full_length = past_length + length
         self._record = PruningRecord(self._record.images + record.after(self._record).images)
@@ -237,6 +246,11 @@ class PrunedCacheState:
             later = attention_mask[:, self.full_length :].to(described.device, torch.bool)
         return torch.cat([described, later], dim=1)
 
+    def sizes_of_rows(self) -> torch.Tensor:
+        """`sizes` for the rows as they are now."""
+        self._settle_rows()
+        return self.sizes
+
     def dropped_of_rows(self, batch: int) -> torch.LongTensor:
         """How many tokens of each row these layers do not hold. [batch] int64, on the host."""
         dropped = torch.zeros(batch, dtype=torch.long)
@@ -284,6 +298,7 @@ class PrunedCacheState:
         num_stay = int(stays.any(0).nonzero().max()) + 1 if stays.any() else 0
         removed = num_entries - num_stay
         self.positions = self.positions[:, :num_stay]
+        self.sizes = None if self.sizes is None else self.sizes[:, :num_stay]
         self.full_length = target
         self._record = PruningRecord(tuple(image for image in self._record if image.positions[0] < target))
         return removed
@@ -304,6 +319,7 @@ class PrunedCacheState:
         if self.rows is None:
             return
         self.positions = self.positions[self.rows]
+        self.sizes = None if self.sizes is None else self.sizes[self.rows]
         images = [
             replace(image, row=row)
             for row, source in enumerate(self.rows.tolist())

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
+from .attention_correction import additive_masks, distance_term, refuse_backend
 from .configuration_vlmpruner import PruningSettings, layer_types_of
 from .pruned_cache import (
     CACHE_NAME,
@@ -50,8 +51,10 @@ from .token_pruning_device import upload
 from .visual_grids import VisualGrid, VisualTokens, ends_of_prompts, keep_needed_outputs, visual_grids
 
 
-# Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer.
+# Keys of the pruned layers' masks among the masks that `generate` makes in advance for compiled decoding: this and the layer,
+# and where attention is corrected, with `OWN` behind, that of this layer alone.
 PRUNED_MASK = "pruned_attention_"
+OWN = "_own"
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class PruningStage:
         mask: before layer 0 where the method's counts are known, else once it has chosen.
         choice: what it found and chose; None before it has run, and in a call that only continues.
         inputs: what the layers from `layer` to the next stage get in place of the decoder's inputs, once they run.
+        own_mask: the mask of layer `layer` itself where attention is corrected; `inputs` has that of the layers above.
     """
 
     def __init__(self, layer: int, earlier: "PruningStage | None", num_keep: Sequence[int] = (), prepared_mask=None):
@@ -144,6 +148,7 @@ class PruningStage:
         self.mask: StageMask | None = None
         self.choice: StageChoice | None = None
         self.inputs: LayerInputs | None = None
+        self.own_mask: torch.Tensor | None = None
 
     def unpack_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[batch * packed_length, n] -> [batch * length, n], zero where a token was dropped."""
@@ -198,6 +203,7 @@ class PruningPlan:
         deepstack: for each of the first layers, what to add after it: pairs of tokens [batch, length] bool and, in their
             row-major order, their features [num_visual, hidden_size].
         question: what the caller gave as `pruning_question`.
+        corrects_attention: whether the masks of the pruned layers say how many tokens a row stands for.
         tokens: what the first stage will find, and `is_text`, on the device; None in a call that only continues.
         record: what was kept, once the last stage has run.
     """
@@ -224,6 +230,7 @@ class PruningPlan:
         self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
+        self.corrects_attention = False
         self.tokens: PackedGrids | None = None
         self.record: PruningRecord | None = None
         counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
@@ -232,6 +239,18 @@ class PruningPlan:
             earlier = self.stages[-1] if self.stages else None
             num_keep = tuple(max(count[number], int(grid.keeps_last)) for count, grid in zip(counts, grids, strict=True))
             self.stages.append(PruningStage(layer, earlier, num_keep, prepared_masks.get(layer)))
+
+    def correct_attention(self, states: Sequence[PrunedCacheState]) -> None:
+        """Find out whether attention is corrected: by this call's method, or because of what the cache holds.
+
+        Raises:
+            ValueError: where the decoder's attention takes no such mask.
+        """
+        self.corrects_attention = bool(self.grids and self.method.corrections) or any(
+            state.sizes is not None for state in states
+        )
+        if self.corrects_attention:
+            refuse_backend(self.config)
 
     @property
     def layer(self) -> int:
@@ -262,6 +281,8 @@ class PruningPlan:
             if layer_idx == stage.layer:
                 hidden_states = self._enter(stage, hidden_states, inputs)
             inputs = inputs | stage.inputs.on(hidden_states.device)
+            if layer_idx == stage.layer and stage.own_mask is not None:
+                inputs["attention_mask"] = stage.own_mask
         if self.layer_types[layer_idx] == "linear_attention":
             return hidden_states, inputs | self._inputs_of_linear(stage, hidden_states.device)
         below = self._below_stage_at(layer_idx + 1)
@@ -342,6 +363,9 @@ class PruningPlan:
         cache = inputs.get(CACHE_NAME)
         if not self.grids:
             mask = self._continued_mask(stage, hidden_states, cache)
+            if self.corrects_attention and stage.prepared_mask is None:
+                sizes = state_of_layer(cache, stage.layer).sizes_of_rows()
+                stage.own_mask, mask = additive_masks(mask, sizes, hidden_states.dtype)
             positions = self._continued_positions(stage, cache, hidden_states, inputs)
             stage.inputs = LayerInputs({"attention_mask": mask, "position_ids": None} | positions)
             return hidden_states
@@ -356,10 +380,11 @@ class PruningPlan:
             embeddings = self._packed_positions(stage, cache, packed, inputs)
         else:
             embeddings = tuple(choice.packing.pack(part.to(packed.device)) for part in embeddings)
-        stage.inputs = LayerInputs(
-            {"attention_mask": stage.mask.causal, "position_ids": None, "position_embeddings": embeddings}
-        )
         self._remember(stage, cache)
+        mask = stage.mask.causal
+        if self.corrects_attention:
+            stage.own_mask, mask = self._corrected_masks(stage, packed, cache)
+        stage.inputs = LayerInputs({"attention_mask": mask, "position_ids": None, "position_embeddings": embeddings})
         return packed
 
     def prepare(self, device: torch.device) -> None:
@@ -446,17 +471,41 @@ class PruningPlan:
         if cache is not None:
             packing = stage.choice.whole_packing
             state = open_state(cache, stage.layer)
-            state.extend(
-                packing.index, packing.valid, packing.kept.shape[1], self.past_length, self.record, self.attention_mask
-            )
+            place = packing.index, packing.valid, packing.kept.shape[1], self.past_length
+            sizes = self._sizes(stage.choice) if self.method.corrections else None
+            state.extend(*place, self.record, self.attention_mask, sizes)
             state.is_packed = self.settings.positions == "packed"
+
+    def _sizes(self, choice: StageChoice) -> torch.Tensor:
+        """How many tokens each packed one stands for, in the stage's layer and in those above. [batch, packed_length, 2]"""
+        index = choice.packing.index
+        sizes = torch.ones(*index.shape, 2, device=index.device)
+        return sizes.index_put_(choice.packing.merged_places, self.method.sizes(choice.selection, choice.view))
+
+    @torch.no_grad()
+    def _corrected_masks(
+        self, stage: PruningStage, packed: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of the stage's layer and of those above, with what methods add; see `attention_correction.py`."""
+        packing, distance = stage.choice.whole_packing, None
+        state = None if cache is None else state_of_layer(cache, stage.layer)
+        places = packing.index if state is None else state.positions
+        if "distance" in self.method.corrections:
+            ends = upload(self.prompt_ends, packed.device)
+            has_image = torch.zeros(len(ends), dtype=torch.bool)
+            has_image[[grid.row for grid in self.grids]] = True
+            is_prompt = (packing.index <= ends[:, None]) & upload(has_image, packed.device)[:, None]
+            length = self.past_length + packing.kept.shape[1]
+            distance = distance_term(places, is_prompt, self.attention_mask, length, self.decoder.rotary_emb.inv_freq)
+        sizes = self._sizes(stage.choice) if state is None else state.sizes
+        return additive_masks(stage.mask.causal, sizes, packed.dtype, distance)
 
     def _continued_mask(self, stage: PruningStage, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor | None:
         if stage.prepared_mask is not None:
             return stage.prepared_mask
         state = state_of_layer(cache, stage.layer)
         padding_mask = continued_padding_mask(cache, state, self.attention_mask, hidden_states.shape[1])
-        if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable:
+        if padding_mask is None and hidden_states.shape[1] == 1 and not cache.is_compileable and not self.corrects_attention:
             return None  # one token sees all entries: as under every backend without a mask, and without the work of making one
         return self._causal_mask(stage.layer, hidden_states, padding_mask, cache)
 
@@ -467,6 +516,7 @@ class PruningPlan:
             attention_mask=padding_mask,
             position_ids=None,
             layer_idx=mask_layer(cache, layer),
+            allow_is_causal_skip=not self.corrects_attention,
             **{CACHE_NAME: cache},
         )
 
@@ -679,7 +729,11 @@ def make_plan(
         is_token = None
         if is_hybrid and length > 1 and isinstance(attention_mask, torch.Tensor):
             is_token = attention_mask[:, -length:].cpu() != 0
-        return PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks, is_token=is_token)
+        plan = PruningPlan(decoder, layers, None if masks else attention_mask, prepared_masks=masks, is_token=is_token)
+        for stage in plan.stages:
+            stage.own_mask = prepared.get(f"{PRUNED_MASK}{stage.layer}{OWN}")
+        plan.correct_attention(states)
+        return plan
     new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
     if states and layers != new_layers:
         raise ValueError(
@@ -729,6 +783,7 @@ def make_plan(
         prompt_ends=prompt_ends,
         is_token=attention_mask[:, -length:] if is_hybrid and attention_mask is not None else None,
     )
+    plan.correct_attention(states)
     if grids:
         plan.prepare(device)
     return plan

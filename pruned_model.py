@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
+from .attention_correction import additive_masks
 from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
@@ -30,7 +31,7 @@ from .pruned_cache import (
     pruning_states,
     takes_cache,
 )
-from .pruned_decoder import PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
+from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
 
@@ -636,8 +637,10 @@ class PrunedForConditionalGenerationMixin:
         states = pruning_states(cache)
         if not states:
             return masks
-        pruned_masks = {
-            f"{PRUNED_MASK}{state.layer}": create_causal_mask(
+        pruned_masks = {}
+        for state in states:
+            name = f"{PRUNED_MASK}{state.layer}"
+            pruned_masks[name] = create_causal_mask(
                 config=config.get_text_config(decoder=True),
                 inputs_embeds=inputs_embeds,
                 attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
@@ -645,8 +648,9 @@ class PrunedForConditionalGenerationMixin:
                 layer_idx=mask_layer(cache, state.layer),
                 **{CACHE_NAME: cache},
             )
-            for state in states
-        }
+            if (sizes := state.sizes_of_rows()) is not None:
+                masks_of_stage = additive_masks(pruned_masks[name], sizes, inputs_embeds.dtype)
+                pruned_masks[f"{name}{OWN}"], pruned_masks[name] = masks_of_stage
         return (masks if isinstance(masks, dict) else {STOCK_MASK: masks}) | pruned_masks
 
 

@@ -171,6 +171,9 @@ class PruningMethod:
             layer below. What a layer below gives, layer 0 has not.
         counts_are_known: whether `select` always keeps `num_keep`. If not, masks are made at each stage.
         has_merge: whether `merge` changes the kept tokens.
+        corrections: of "size" and "distance", what the decoder adds to the logits of attention from the stage on, see
+            `attention_correction.py`. A method with "size" has a merge, and says in `sizes` what a kept token stands for.
+        counts_positions: whether positions must be counts of the full sequence's tokens. M-RoPE and packed ones are refused.
     """
 
     Parameters: ClassVar[type] = MethodParameters
@@ -178,6 +181,8 @@ class PruningMethod:
     looks_at: frozenset[str] = frozenset()
     counts_are_known: bool = True
     has_merge: bool = False
+    corrections: frozenset[str] = frozenset()
+    counts_positions: bool = False
 
     def __init__(self, parameters, layer: int, num_layers: int):
         self.parameters, self.layer, self.num_layers = parameters, layer, num_layers
@@ -227,6 +232,11 @@ class PruningMethod:
 
     def merge(self, hidden_states: torch.Tensor, selection: Selection, tokens: StageTokens) -> torch.Tensor:
         """New hidden states of the kept tokens, [T, hidden_size] to [R, hidden_size] in the order of `selection.kept`."""
+        raise NotImplementedError
+
+    def sizes(self, selection: Selection, tokens: StageTokens) -> torch.Tensor:
+        """How many tokens each of `selection.kept` stands for: in the stage's own layer, and in those above it. [R, 2] float32,
+        positive"""
         raise NotImplementedError
 
 

@@ -9,6 +9,7 @@ from .method_holov import HoloV
 from .method_prunesid import PruneSID
 from .method_pyramiddrop import PyramidDrop
 from .method_random import RandomTokens
+from .method_restore import RESTORE
 from .method_saint import SAINT
 from .method_scope import SCOPE
 from .method_visionzip import VisionZip
@@ -32,5 +33,6 @@ METHODS: dict[str, type[PruningMethod]] = {
     "vispruner": VisPruner,
     "prunesid": PruneSID,
     "holov": HoloV,
+    "restore": RESTORE,
     "random": RandomTokens,
 }

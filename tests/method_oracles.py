@@ -3,7 +3,7 @@
 Each takes an `Image` and returns the kept tokens in order of selection; ties go to the lower index.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Image:
     tower_states: np.ndarray = None
     tower_keys: np.ndarray = None
     tower_has_class_token: bool = True
+    keeps_last: bool = False
 
 
 def unit(rows):
@@ -253,3 +254,41 @@ def prunesid(image, **_):
         quotas[group] += max(0, min(up[group] - quotas[group], total - quotas.sum()))
     chosen = [int(token) for order, quota in zip(orders, quotas, strict=True) for token in order[:quota]]
     return chosen[:total]
+
+
+def restore(image, selector="divprune", attention_correction="full"):
+    return [place_of(group, image) for group in restored(image, selector)]
+
+
+def place_of(group, image):
+    last = len(image.hidden_states) - 1
+    return last if image.keeps_last and last in group else group[(len(group) - 1) // 2]
+
+
+def restored(image, selector="divprune"):
+    """The groups, ascending members each: those of the selector in its order, then those of the anchors by score."""
+    half, number = replace(image, num_keep=image.num_keep // 2), len(image.hidden_states)
+    kept = {"divprune": divprune, "vispruner": vispruner, "holov": holov}[selector](half) if half.num_keep else []
+    pool = [token for token in range(number) if token not in kept]
+    similar = unit(image.hidden_states[pool]) @ unit(image.hidden_states[pool]).T
+    density, scores = similar.sum(1), []
+    for token, row in enumerate(similar):
+        sparser = [row[other] for other in range(len(pool)) if density[other] < density[token]]
+        scores.append(density[token] * (1 - max(sparser, default=0)))
+    anchors = top(np.array(scores), image.num_keep - len(kept))
+    groups = {anchor: [pool[anchor]] for anchor in anchors}
+    for token, row in enumerate(similar):
+        if token not in anchors:
+            groups[max(sorted(anchors), key=lambda anchor: row[anchor])].append(pool[token])
+    return [[token] for token in kept] + [sorted(groups[anchor]) for anchor in anchors]
+
+
+def rope_decay(distance, dim=128, base=10000.0):
+    return np.mean([np.cos(distance * base ** (-2 * t / dim)) for t in range(dim // 2)], axis=0)
+
+
+def restore_bias(positions, sizes, is_prompt=True, dim=128, base=10000.0):
+    """What is added to the logits of each query (rows) and key, -inf at later keys; of a prompt's queries with distance."""
+    apart = np.abs(np.subtract.outer(positions, positions)).astype(float)
+    bias = np.log(np.asarray(sizes, float)) + np.where(np.asarray(is_prompt), np.log(2 - rope_decay(apart, dim, base)).T, 0).T
+    return np.where(np.tri(len(bias), dtype=bool), bias, -np.inf)

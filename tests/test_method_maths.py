@@ -47,6 +47,7 @@ def random_image(seed):
         "tower_states": draw((num_tokens, width)) + 0.5 * draw(width),
         "tower_keys": draw((num_tokens, 6)),
         "tower_has_class_token": bool(rng.random() < 0.5),
+        "keeps_last": bool(rng.random() < 0.2),
     }
     return image, rng
 
@@ -86,6 +87,8 @@ def test_each_method_equals_its_restatement(name):
             parameters = {"important_share": float(rng.uniform(0, 1))}
         if name == "visionzip":
             parameters = {"contextual_share": float(rng.choice([0, 0.15, 0.5, 1]))}
+        if name == "restore":
+            parameters = {"selector": str(rng.choice(["divprune", "vispruner", "holov"]))}
         if name == "btp":
             image["stage"] = int(rng.integers(0, 3))
             parameters = {"schedule": str(rng.choice(["llava", "qwen2_5_vl"]))}
