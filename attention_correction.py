@@ -7,7 +7,7 @@ To the logit of a query and a key is added
   sequence the two are apart, padding not counted. 0 at d = 0. Added by the queries of a prompt alone: in rows that bring an
   image in the call, up to the prompt's last token.
 
-In float32, and rounded once to the type of the hidden states. Both terms are at least 0, so a masked key can not overflow.
+In float32, and rounded once to the type of the hidden states.
 """
 
 import torch
@@ -16,6 +16,9 @@ from .token_pruning_device import upload
 
 
 BACKENDS = ("sdpa", "eager")
+# What masks a key. Its weight is 0 beside any that is seen, and it is finite in every type that attention may run in (with
+# autocast that is not the mask's own), also with a logit added: a row that sees nothing, which is padding, has no NaN.
+MASKED = -3e4
 
 
 def refuse_backend(config) -> None:
@@ -43,7 +46,7 @@ def additive_masks(
     bias = torch.nn.functional.pad(sizes.log().movedim(2, 0)[:, :, None, None], (0, room))
     if distance is not None:
         bias = bias + torch.nn.functional.pad(distance[:, None], (0, room))
-    own, above = torch.where(allowed, bias.to(dtype), torch.finfo(dtype).min)
+    own, above = torch.where(allowed, bias.to(dtype), MASKED)
     return own, above
 
 
