@@ -11,18 +11,21 @@ import torch
 from torch.nn.functional import unfold
 
 
-def internvl_tower(model, inputs):
-    """The row of the class token in the last block; a token has the mean over its four patches."""
-    attention_module, seen = model.vision_tower.encoder.layer[-1].attention, {}
+def internvl_tower(model, inputs, layer=-1):
+    """The row of the class token in the block that makes hidden states `layer`; a token has the mean over its four patches."""
+    block, seen = layer - 1 if layer > 0 else layer, {}
+    attention_module = model.vision_tower.encoder.layer[block].attention
     keep = attention_module.k_norm.register_forward_hook(lambda module, args, output: seen.update(keys=output))
-    outputs = model.vision_tower(inputs["pixel_values"].to(model.dtype), output_attentions=True)
+    kwargs = {"output_attentions": True, "output_hidden_states": True}
+    outputs = model.vision_tower(inputs["pixel_values"].to(model.dtype), **kwargs)
     keep.remove()
-    attention = outputs.attentions[-1][:, :, 0, 1:].mean(1)
+    states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    attention = outputs.attentions[block][:, :, 0, 1:].mean(1)
     keys = seen["keys"].unflatten(-1, (attention_module.num_heads, -1)).mean(2)[:, 1:]
     side = round(attention.shape[1] ** 0.5)
     numbers = torch.arange(side * side, dtype=torch.float32).view(1, side, side, 1)
     patches = model.pixel_shuffle(numbers, scale_factor=model.config.downsample_ratio).flatten(1, 2)[0].long()
-    parts = attention[:, patches].mean(2), outputs.last_hidden_state[:, 1:][:, patches].flatten(2), keys[:, patches].mean(2)
+    parts = attention[:, patches].mean(2), states[:, 1:][:, patches].flatten(2), keys[:, patches].mean(2)
     return [list(part) for part in parts], model.multi_modal_projector
 
 
