@@ -137,8 +137,10 @@ def test_what_is_wrong_is_named(clip, tmp_path):
         load(clip, method="fastv").config.pruning_settings()
 
 
-def test_other_towers_refuse_it(clip):
-    family = FAMILIES["qwen2_vl"]
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_other_towers_refuse_it(clip, name):
+    """InternVL's has a class token too."""
+    family = FAMILIES[name]
     model = copy.deepcopy(load_pruned(family))
     model.config.pruning_method, model.config.pruning_text_tower = "cdpruner", clip
     with pytest.raises(ValueError, match="this model's vision tower is not CLIP's"):

@@ -171,12 +171,9 @@ def test_padding_of_a_tile_counts_nowhere(name, attn):
     model = copy.deepcopy(load_pruned(family, attn=attn))
     model.config.pruning_method = "visionzip"
     inputs = padded_inputs(family, 7, 5)
-    names = ("pixel_values", "pixel_attention_mask")
-    towers = towers_of(model, **{name: inputs[name] for name in names})
-    places = torch.arange(sum(len(tower.states) for tower in towers))
-    whole = [part for tower in towers for part in (tower.of(places[: len(tower.states)]).states.split(16))]
-    found = [tower.of(tokens) for tower in towers for tokens in places[: len(tower.states)].split(16)]
-    assert len(whole) == len(found) == 8
+    pixels = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask")}
+    found = [tower.of(tokens) for tower in towers_of(model, **pixels) for tokens in torch.arange(len(tower.states)).split(16)]
+    assert len(found) == 8
     with torch.no_grad():
         expected, _ = idefics3_tower(in_float64(load_stock(family, attn="eager")), inputs)
     assert_signals(found, expected)
