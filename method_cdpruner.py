@@ -55,6 +55,7 @@ class CDPruner(PruningMethod):
     """
 
     Parameters = CDPrunerParameters
+    question_parameter = "text_tower"
     looks_at = frozenset({"text"})
 
     def __init__(self, parameters, layer, num_layers):

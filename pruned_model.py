@@ -240,6 +240,8 @@ class PrunedModelMixin:
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         if settings is not None:
             self.refuse_unknown_tower()
+            if request.question is not None:
+                self.config.refuse_question()
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)

@@ -189,6 +189,7 @@ class PruningMethod:
         presets: what `pruning_preset` may name -> the parameters that differ from the paper's.
         looks_at: of "keys", "attention", "own_attention", "text", "question", "tower", what it needs beside the tokens' hidden
             states. An instance may need others, as its parameters say.
+        question_parameter: the parameter that, where it is set, makes an instance look at the question; None where none does.
             "own_attention" is the row in the pruned layer itself, from its own projections, where "attention" is that of the
             layer below. What a layer below gives, layer 0 has not.
         counts_are_known: whether `select` always keeps `num_keep`. If not, masks are made at each stage.
@@ -198,6 +199,7 @@ class PruningMethod:
     Parameters: ClassVar[type] = MethodParameters
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
     looks_at: frozenset[str] = frozenset()
+    question_parameter: ClassVar[str | None] = None
     counts_are_known: bool = True
     has_merge: bool = False
 
