@@ -10,7 +10,7 @@ on the attention backend, and of an N x N map only some rows exist at a time. Wh
 Where several patches become a token, in the tower (Qwen), before the projector (InternVL, Idefics3) or in it (Mistral3), it has
 the mean over its patches, as VisPruner's author and HoloV's Qwen code take it. Attention is a mean over heads, and so are keys,
 after RoPE, and after their norm where they have one. Patches that pad a tile count nowhere: none attends, is attended to, or is
-part of a mean.
+part of a mean. For InternViT, Idefics3's tower and Pixtral no author says what to take; they follow from the others.
 """
 
 import threading
