@@ -61,7 +61,7 @@ class PrunedIdefics3ModelMixin(PrunedModelMixin):
         block, projection = self.tower_blocks()[-1], self.connector.modality_projection
         with watch(block) as seen, watch(projection) as projected, watch(self.vision_model) as tower:
             outputs = encode()
-        is_patch = tower["patch_attention_mask"].flatten(1)
+        is_patch = tower["patch_attention_mask"].flatten(1).to(seen["hidden_states"].device)
         attention, keys = attention_to_patches(block, seen["hidden_states"].detach(), False, is_patch)
         grid, side = (isqrt(is_patch.shape[1]),) * 2, self.config.scale_factor  # the stock connector takes square tiles alone
         sums = (merged_patches(part, grid, side).sum(2) for part in (attention[..., None], keys, is_patch[..., None]))
