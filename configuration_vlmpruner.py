@@ -254,6 +254,21 @@ class PruningConfig(method_keys()):
         """Whether the method looks at the vision tower, which then notes what it attends to."""
         return self.pruning_method in METHODS and "tower" in self._method().looks_at
 
+    def refuse_question(self) -> None:
+        """Raise a ValueError where the method does not look at the `pruning_question` that a call gives."""
+        if "question" in self._method().looks_at:
+            return
+        names = [repr(name) for name, method in METHODS.items() if "question" in method.looks_at]
+        names += [
+            f"{name!r} with pruning_{method.question_parameter} set"
+            for name, method in METHODS.items()
+            if method.question_parameter is not None
+        ]
+        raise ValueError(
+            f"pruning_question is given, but pruning_method is {self.pruning_method!r}, which does not look at it here. Only "
+            f"{', '.join(names)} does. Leave it out, or choose that."
+        )
+
     def _method(self) -> PruningMethod:
         num_layers = self.get_text_config(decoder=True).num_hidden_layers
         return METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, num_layers)

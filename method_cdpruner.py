@@ -55,6 +55,7 @@ class CDPruner(PruningMethod):
     """
 
     Parameters = CDPrunerParameters
+    question_parameter = "text_tower"
     looks_at = frozenset({"text"})
 
     def __init__(self, parameters, layer, num_layers):
@@ -78,7 +79,7 @@ class CDPruner(PruningMethod):
 
     def relevance_to_question(self, image) -> torch.Tensor:
         """[n] float64"""
-        if not image.tower.has_class_token:
+        if not image.tower.is_clip:
             raise ValueError(
                 f"pruning_text_tower is {self.parameters.text_tower!r}, but this model's vision tower is not CLIP's, so its "
                 "states can not be compared with what CLIP's text tower makes of a question. Set it to None."

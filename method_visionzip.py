@@ -54,7 +54,9 @@ class VisionZip(PruningMethod):
     def merge(self, hidden_states, selection, tokens):
         merged, start = hidden_states[selection.kept], 0
         for image, (targets, others, owner) in zip(tokens.images(), self.groups, strict=True):
-            states = image.tower.states
+            states, seen = image.tower.states, image.tower.seen()
+            if seen is not None:
+                targets, others = seen[targets], seen[others]
             counts = torch.zeros(len(targets), dtype=states.dtype, device=states.device)
             counts = counts.index_add(0, owner, torch.ones_like(owner, dtype=states.dtype))[:, None]
             sums = torch.zeros_like(states[targets]).index_add(0, owner, states[others])

@@ -8,6 +8,8 @@ so its frames are images here too. The stock model calls its decoder `text_model
 and `pruned_model.py`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import isqrt
 
 import torch
@@ -23,7 +25,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerIdefics3Config, VLMPrunerSmolVLMConfig
 from .modeling_vlmpruner_llava import LlamaDecoderLayer
-from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
+from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, features_of_images, pruned_forward
+from .pruning_method import TowerSignals
+from .tower_signals import attention_to_patches, merged_patches, watch
 from .visual_grids import GridView
 
 
@@ -37,13 +41,49 @@ class PrunedIdefics3ModelMixin(PrunedModelMixin):
     def get_image_features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **kwargs):
         """As in the stock class. Where `pooler_output` is a list, of the rows of the batch, each tensor of it gets an attribute
         `grid_views` that says what grids its tiles form, because the features travel through `generate` without the pixels."""
-        outputs = super().get_image_features(pixel_values, pixel_attention_mask, **(kwargs | {"return_dict": True}))
+        kwargs |= {"return_dict": True}
+        outputs = self.with_tower_signals(partial(super().get_image_features, pixel_values, pixel_attention_mask, **kwargs))
         if not isinstance(outputs.pooler_output, torch.Tensor):
             tile_length = sum(map(len, outputs.pooler_output)) // len(outputs.last_hidden_state)
             side = isqrt(tile_length)  # the stock connector takes square tiles alone
             for features in outputs.pooler_output:
                 features.grid_views = [GridView(side, side, start) for start in range(0, len(features), tile_length)]
         return outputs
+
+    def tower_blocks(self):
+        return self.vision_model.encoder.layers
+
+    def with_tower_signals(self, encode: Callable):
+        """The outputs of `encode`. If the method asks for it, each tensor of its `pooler_output` gets an attribute `tower`, or
+        `towers` where that is one of all tiles."""
+        if not self.config.looks_at_tower:
+            return encode()
+        block, projection = self.tower_blocks()[-1], self.connector.modality_projection
+        with watch(block) as seen, watch(projection) as projected, watch(self.vision_model) as tower:
+            outputs = encode()
+        is_patch = tower["patch_attention_mask"].flatten(1).to(seen["hidden_states"].device)
+        attention, keys = attention_to_patches(block, seen["hidden_states"].detach(), False, is_patch)
+        grid, side = (isqrt(is_patch.shape[1]),) * 2, self.config.scale_factor  # the stock connector takes square tiles alone
+        sums = (merged_patches(part, grid, side).sum(2) for part in (attention[..., None], keys, is_patch[..., None]))
+        attention, keys, num_patches = sums
+        attention, keys = ((part / num_patches.clamp_min(1)).flatten(0, 1) for part in (attention, keys))
+        parts = attention[:, 0], projected["hidden_states"].flatten(0, 1).float(), keys, num_patches.flatten() > 0
+        pooled = outputs.pooler_output
+        lengths = [len(features) for features in pooled]
+        signals = [
+            TowerSignals(*part, self.project_states, has_class_token=False, is_seen=is_seen)
+            for *part, is_seen in zip(*(part.split(lengths) for part in parts), strict=True)
+        ]
+        if isinstance(pooled, torch.Tensor):
+            pooled.towers = signals
+        else:
+            for features, tower in zip(pooled, signals, strict=True):
+                features.tower = tower
+        return outputs
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the patches of a token side by side, [n, patches * tower_size] to [n, hidden_size]."""
+        return self.connector.modality_projection(states.to(self.dtype))
 
     def has_visuals(self, inputs: dict) -> bool:
         return _encoded_tensor(inputs) is not None or super().has_visuals(inputs)
@@ -61,7 +101,7 @@ class PrunedIdefics3ModelMixin(PrunedModelMixin):
         encoded = super()._encode(inputs)
         for outputs in encoded.values():
             if isinstance(outputs.pooler_output, torch.Tensor):
-                outputs.pooler_output = list(outputs.pooler_output)
+                outputs.pooler_output = features_of_images(outputs.pooler_output)
                 for features in outputs.pooler_output:
                     features.grid_views = [GridView(isqrt(len(features)), isqrt(len(features)))]
         return encoded

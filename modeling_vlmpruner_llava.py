@@ -10,6 +10,7 @@ Class tokens and newlines are structure: never candidates, always kept. Everythi
 `pruned_model.py`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -23,6 +24,7 @@ from transformers import (
     LlavaNextModel,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
+    PixtralVisionModel,
 )
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -33,7 +35,7 @@ from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextCon
 from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import PrunedForConditionalGenerationMixin, PrunedModelMixin, pruned_forward
 from .pruning_method import TowerSignals
-from .tower_signals import attention_to_patches, watch
+from .tower_signals import attention_to_images, attention_to_patches, merged_patches, watch
 from .visual_grids import GridView, video_views
 
 
@@ -56,19 +58,16 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
 
     def tower_blocks(self):
         blocks = next((module for module in self.vision_tower.modules() if isinstance(module, nn.ModuleList)), None)
-        return blocks if blocks is not None and hasattr(blocks[0], "layer_norm1") else None  # of CLIP's and SigLIP's kind
+        if blocks is None or not hasattr(blocks[0], "layer_norm1"):  # of CLIP's and SigLIP's kind
+            return None
+        has_rope = "position_embeddings" in inspect.signature(type(blocks[0]).forward).parameters  # MLCD's
+        return None if has_rope else blocks
 
     def with_tower_signals(self, encode: Callable, feature_layer: int | list[int] | None):
         """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower` if the method asks for it."""
-        if not self.config.looks_at_tower or (blocks := self.tower_blocks()) is None:
+        if not self.config.looks_at_tower or self.tower_blocks() is None:
             return encode()
-        feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        if not isinstance(feature_layer, int):
-            raise ValueError(
-                f"pruning_method {self.config.pruning_method!r} looks at the block of the tower that makes the features, but "
-                f"they are of several with vision_feature_layer={feature_layer}. Choose one layer, or another method."
-            )
-        block = blocks[len(blocks) + feature_layer if feature_layer < 0 else feature_layer - 1]
+        block = self.block_of_features(feature_layer)
         with watch(block) as seen:
             outputs = encode()
         has_class_token = any(name.endswith("class_embedding") for name, _ in self.vision_tower.named_parameters())
@@ -78,7 +77,14 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
             num_tiles = features.packed_tiles.num_tiles if hasattr(features, "packed_tiles") else 1
             rows, channels = self.pack_channels(channels[:num_tiles], features), channels[num_tiles:]
             parts = rows.split([1, keys.shape[-1], rows.shape[-1] - 1 - keys.shape[-1]], dim=-1)
-            features.tower = TowerSignals(parts[0][:, 0], parts[2], parts[1], self.project_states, has_class_token)
+            features.tower = TowerSignals(
+                parts[0][:, 0],
+                parts[2],
+                parts[1],
+                self.project_states,
+                has_class_token,
+                is_clip=self.config.vision_config.model_type == "clip_vision_model",
+            )
         return outputs
 
     def project_states(self, states: torch.Tensor) -> torch.Tensor:
@@ -96,6 +102,9 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
 
     config: VLMPrunerLlavaConfig
     encoder_inputs = {"image": ("pixel_values", ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes"))}
+
+    def tower_blocks(self):
+        return pixtral_blocks(self.vision_tower) or super().tower_blocks()
 
     @can_return_tuple
     def get_image_features(
@@ -116,7 +125,11 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
             image_sizes=image_sizes,
             **(kwargs | {"return_dict": True}),
         )
-        outputs = self.with_tower_signals(encode, vision_feature_layer)
+        if self.config.looks_at_tower and pixtral_blocks(self.vision_tower) is not None:
+            sizes = [pixel_values.shape[-2:]] * len(pixel_values) if image_sizes is None else image_sizes
+            outputs = with_pixtral_signals(self, encode, vision_feature_layer, sizes)
+        else:
+            outputs = self.with_tower_signals(encode, vision_feature_layer)
         sizes = [pixel_values.shape[-2:]] * len(outputs.pooler_output) if image_sizes is None else image_sizes
         for features, (height, width) in zip(outputs.pooler_output, sizes, strict=True):
             features.grid_views = self._grid_views(len(features), int(height), int(width))
@@ -132,6 +145,42 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
                 f"patches, but it has {num_features} features."
             )
         return [GridView(height, width, start=num_structure)]
+
+
+def pixtral_blocks(vision_tower: nn.Module) -> nn.ModuleList | None:
+    """The blocks of a tower of Pixtral's kind; None for another."""
+    return vision_tower.transformer.layers if isinstance(vision_tower, PixtralVisionModel) else None
+
+
+def with_pixtral_signals(
+    model: PrunedModelMixin,
+    encode: Callable,
+    feature_layer: int | list[int] | None,
+    sizes: torch.Tensor | Sequence[Sequence[int]],
+    merge: int = 1,
+):
+    """The outputs of `encode`; each tensor of its `pooler_output` gets an attribute `tower`.
+
+    Args:
+        model: one with a `vision_tower` of Pixtral's kind, a `multi_modal_projector` and `project_states`.
+        feature_layer: of `block_of_features`.
+        sizes: (height, width) in pixels of each image.
+        merge: the projector makes a token of `merge` x `merge` patches.
+    """
+    block, patch_size = model.block_of_features(feature_layer), model.config.vision_config.patch_size
+    grids = [tuple(int(length) // patch_size for length in size) for size in sizes]
+    lengths = [height * width for height, width in grids]
+    with watch(block) as seen, watch(model.multi_modal_projector) as projected:
+        outputs = encode()
+    attention, keys = attention_to_images(block, seen, lengths)
+    states = projected["hidden_states"].flatten(0, -2).float()
+    parts = (part.split(lengths) for part in (attention[:, None], keys, states))
+    for features, grid, *image in zip(outputs.pooler_output, grids, *parts, strict=True):
+        received, own_keys, own_states = (merged_patches(part[None], grid, merge)[0] for part in image)
+        features.tower = TowerSignals(
+            received.mean(1)[:, 0], own_states.flatten(1), own_keys.mean(1), model.project_states, has_class_token=False
+        )
+    return outputs
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,21 @@ features: they are on no grid, never candidates, and always kept. Everything els
 `pruned_model.py`.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import Mistral3ForConditionalGeneration, Mistral3Model
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmpruner import VLMPrunerMistral3Config
-from .modeling_vlmpruner_llava import LlamaDecoderLayer, LlavaGenerationMixin, MistralDecoderLayer
+from .modeling_vlmpruner_llava import (
+    LlamaDecoderLayer,
+    LlavaGenerationMixin,
+    MistralDecoderLayer,
+    pixtral_blocks,
+    with_pixtral_signals,
+)
 from .pruned_model import PrunedModelMixin, pruned_forward
 from .visual_grids import GridView
 
@@ -43,14 +51,34 @@ class VLMPrunerMistral3Model(PrunedModelMixin, Mistral3Model):
                 f"{type(self).__name__} got pixel_values but no image_sizes, the (height, width) of each image without the "
                 "padding to the largest. Pass what the processor returned for the same images."
             )
-        outputs = super().get_image_features(
-            pixel_values, image_sizes, vision_feature_layer=vision_feature_layer, **(kwargs | {"return_dict": True})
+        encode = partial(
+            super().get_image_features,
+            pixel_values,
+            image_sizes,
+            vision_feature_layer=vision_feature_layer,
+            **(kwargs | {"return_dict": True}),
         )
+        if self.config.looks_at_tower and self.tower_blocks() is not None:
+            merge = self.config.spatial_merge_size
+            outputs = with_pixtral_signals(self, encode, vision_feature_layer, image_sizes, merge)
+        else:
+            outputs = encode()
         side = self.config.vision_config.patch_size * self.config.spatial_merge_size
         sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
         for features, (height, width) in zip(outputs.pooler_output, sizes, strict=True):
             features.grid_views = [GridView(int(height) // side, int(width) // side)]
         return outputs
+
+    def tower_blocks(self):
+        return pixtral_blocks(self.vision_tower)
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the patches of a token side by side, [n, patches * tower_size] to [n, hidden_size], each an image of its own."""
+        if not len(states):
+            return states.new_zeros(0, self.config.text_config.hidden_size)
+        side = self.config.vision_config.patch_size * self.config.spatial_merge_size
+        patches = states.to(self.dtype).view(-1, self.config.vision_config.hidden_size)
+        return self.multi_modal_projector(patches, [(side, side)] * len(states))
 
 
 class VLMPrunerMistral3ForConditionalGeneration(LlavaGenerationMixin, Mistral3ForConditionalGeneration):

@@ -232,6 +232,8 @@ class PrunedModelMixin:
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         if settings is not None:
             self.refuse_unknown_tower()
+            if request.question is not None:
+                self.config.refuse_question()
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
@@ -306,8 +308,32 @@ class PrunedModelMixin:
 
     def tower_blocks(self) -> nn.ModuleList | None:
         """The blocks of the vision tower, where the family knows what methods look at in them, and its features come with a
-        `TowerSignals` each, as attribute `tower`, where `config.looks_at_tower`."""
+        `TowerSignals` each where `config.looks_at_tower`: as attribute `tower`, or `towers` of a tensor of all features."""
         return None
+
+    def block_of_features(self, feature_layer: int | list[int] | None) -> nn.Module:
+        """The block of the vision tower that makes the features.
+
+        Args:
+            feature_layer: the call's `vision_feature_layer`, None for the config's.
+
+        Raises:
+            ValueError: for several layers, and one that no block makes.
+        """
+        blocks, method = self.tower_blocks(), f"pruning_method {self.config.pruning_method!r}"
+        feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        if not isinstance(feature_layer, int):
+            raise ValueError(
+                f"{method} looks at the block of the tower that makes the features, but they are of several with "
+                f"vision_feature_layer={feature_layer}. Choose one layer, or another method."
+            )
+        number = len(blocks) + feature_layer if feature_layer < 0 else feature_layer - 1
+        if not 0 <= number < len(blocks):
+            raise ValueError(
+                f"{method} looks at the block of the tower that makes the features, so vision_feature_layer must be in "
+                f"[1, {len(blocks)}] or [-{len(blocks)}, -1], but is {feature_layer}."
+            )
+        return blocks[number]
 
     def refuse_unknown_tower(self, config: PruningConfig | None = None) -> None:
         """Raise a ValueError where the method of `config`, by default the model's, looks at a vision tower of which nobody says
@@ -356,7 +382,7 @@ class PrunedModelMixin:
         self, encoded: dict, request: PruningRequest, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> tuple[list[VisualTokens], torch.Tensor]:
         """Put the features at their placeholders."""
-        features_of = {modality: list(outputs.pooler_output) for modality, outputs in encoded.items()}
+        features_of = {modality: features_of_images(outputs.pooler_output) for modality, outputs in encoded.items()}
         num_features_of = {self.placeholder_id(modality): sum(map(len, features)) for modality, features in features_of.items()}
         input_ids = request.without_drafted(input_ids, num_features_of)
         visuals, placeholder_embeds = [], inputs_embeds
@@ -671,8 +697,22 @@ def _holds_pixels(pixels) -> bool:
     return pixels is not None and len(pixels) > 0
 
 
+def features_of_images(pooled: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The features of each image or tile. Where they come as one tensor, what the tower tells of each is its `towers`."""
+    images = list(pooled)
+    if hasattr(pooled, "towers"):
+        for features, tower in zip(images, pooled.towers, strict=True):
+            features.tower = tower
+    return images
+
+
 def _reorder(features, order: list[int]):
-    return features[order] if isinstance(features, torch.Tensor) else [features[image] for image in order]
+    if not isinstance(features, torch.Tensor):
+        return [features[image] for image in order]
+    reordered = features[order]
+    if hasattr(features, "towers"):
+        reordered.towers = [features.towers[image] for image in order]
+    return reordered
 
 
 def pruned_forward(stock_class: type) -> Callable:

@@ -14,7 +14,8 @@ Notable choices
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -71,11 +72,13 @@ class TowerSignals:
 
     Attributes:
         attention: [N] float32, how much attention each token gets, of the class token or, where there is none, of all.
-        states: [N, tower_size], the tower's hidden states before the projector; where the tower itself merges patches to
-            tokens, what it makes of them, [N, hidden_size].
+        states: [N, tower_size], the tower's hidden states before the projector; of a token of several patches theirs side by
+            side, [N, patches * tower_size]; where the tower itself merges them, what it makes of them, [N, hidden_size].
         keys: [N, head_dim], of the block of the attention.
-        project: from states [n, tower_size] to [n, hidden_size]; None where these are what the decoder gets.
+        project: from states to [n, hidden_size]; None where these are what the decoder gets.
         has_class_token: whether the attention is that of one.
+        is_clip: whether the states are those of the patches of CLIP's tower.
+        is_seen: [N] bool, False where all patches of a token are padding of its tile; None where none is.
     """
 
     attention: torch.Tensor
@@ -83,12 +86,20 @@ class TowerSignals:
     keys: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor] | None
     has_class_token: bool
+    is_clip: bool = False
+    is_seen: torch.BoolTensor | None = None
 
     def of(self, tokens: torch.LongTensor) -> "TowerSignals":
         """Those of some tokens."""
         tokens = tokens.to(self.states.device)
-        parts = (part[tokens] for part in (self.attention, self.states, self.keys))
-        return TowerSignals(*parts, self.project, self.has_class_token)
+        names = [name for name in ("attention", "states", "keys", "is_seen") if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name)[tokens] for name in names})
+
+    def seen(self) -> torch.LongTensor | None:
+        """Places of the tokens that are not padding alone, ascending; None where none is, or all are."""
+        if self.is_seen is None or bool(self.is_seen.all()) or not bool(self.is_seen.any()):
+            return None
+        return self.is_seen.nonzero()[:, 0]
 
 
 class ImageTokens:
@@ -131,6 +142,17 @@ class ImageTokens:
         if "tower" in signals:
             self.tower = signals["tower"](image)
 
+    def of(self, places: torch.LongTensor, num_keep: int) -> "ImageTokens":
+        """Those at some places alone, of which `num_keep` are to be kept."""
+        some = copy(self)
+        some.num_keep, some.hidden_states, some.indices = num_keep, self.hidden_states[places], self.indices[places.cpu()]
+        some.keys = None if self.keys is None else self.keys[:, places]
+        for name in ("attention", "logits"):
+            signal = getattr(self, name)
+            setattr(some, name, None if signal is None else signal[places])
+        some.tower = self.tower.of(places)
+        return some
+
 
 @dataclass
 class StageTokens:
@@ -167,6 +189,7 @@ class PruningMethod:
         presets: what `pruning_preset` may name -> the parameters that differ from the paper's.
         looks_at: of "keys", "attention", "own_attention", "text", "question", "tower", what it needs beside the tokens' hidden
             states. An instance may need others, as its parameters say.
+        question_parameter: the parameter that, where it is set, makes an instance look at the question; None where none does.
             "own_attention" is the row in the pruned layer itself, from its own projections, where "attention" is that of the
             layer below. What a layer below gives, layer 0 has not.
         counts_are_known: whether `select` always keeps `num_keep`. If not, masks are made at each stage.
@@ -179,6 +202,7 @@ class PruningMethod:
     Parameters: ClassVar[type] = MethodParameters
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
     looks_at: frozenset[str] = frozenset()
+    question_parameter: ClassVar[str | None] = None
     counts_are_known: bool = True
     has_merge: bool = False
     corrections: frozenset[str] = frozenset()
@@ -225,10 +249,20 @@ class PruningMethod:
     @torch.no_grad()
     def select_batch(self, tokens: StageTokens) -> Selection:
         """`select` of every image. A method that can take all images at once overrides this instead."""
-        orders = [_with_last(self.select(image), image) for image in tokens.images()]
+        orders = [_with_last(self._select_seen(image), image) for image in tokens.images()]
         starts = [sum(tokens.sizes[:image]) for image in range(len(orders))]
         order = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
         return Selection(tuple(map(len, orders)), order, order.sort().values)
+
+    def _select_seen(self, image: ImageTokens) -> torch.LongTensor:
+        """`select`, for which tokens that are padding of their tile alone are not there where the method looks at the tower:
+        they stay, in raster order, where more is to be kept than the rest."""
+        seen = image.tower.seen() if hasattr(image, "tower") else None
+        if seen is None:
+            return self.select(image)
+        num_keep = min(image.num_keep, len(seen))
+        order = seen[self.select(image.of(seen, num_keep))]
+        return torch.cat([order, (~image.tower.is_seen).nonzero()[: image.num_keep - num_keep, 0]])
 
     def merge(self, hidden_states: torch.Tensor, selection: Selection, tokens: StageTokens) -> torch.Tensor:
         """New hidden states of the kept tokens, [T, hidden_size] to [R, hidden_size] in the order of `selection.kept`."""

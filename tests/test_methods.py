@@ -28,6 +28,7 @@ from families import (
     small_checkpoint,
     spread_weights,
 )
+from stock_towers import idefics3_tower, internvl_tower, mistral3_tower
 from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
 from transformers import DynamicCache
 
@@ -35,7 +36,7 @@ from vlmpruner import pruning_methods, tower_signals
 from vlmpruner.configuration_vlmpruner import PruningConfig
 from vlmpruner.modeling_vlmpruner_qwen2vl import PrunedQwenModelMixin
 from vlmpruner.pruned_cache import CACHE_NAME, PruningRecord, cache_of
-from vlmpruner.pruned_model import PrunedModelMixin
+from vlmpruner.pruned_model import PrunedModelMixin, features_of_images
 from vlmpruner.pruning_methods import METHODS
 from vlmpruner.token_pruning import Selection, select_tokens
 
@@ -83,14 +84,6 @@ def pairs(names, shift=0):
     """Each method with one family, another for each mode."""
     found = [(name, families_of(name)[(number + shift) % len(families_of(name))]) for number, name in enumerate(names)]
     return [pytest.param(name, family, id=f"{name}-{family.name}") for name, family in found]
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("family", [each for each in WHOLE if each not in OF_KNOWN_TOWER], ids=lambda family: family.name)
-@pytest.mark.parametrize("name", LOOKING_AT_TOWER[:1])
-def test_a_tower_of_which_nobody_says_how_is_refused_by_name(name, family):
-    with pytest.raises(ValueError, match=rf"pruning_method '{name}' looks at the attention in the vision tower"):
-        load_method(family, name)(**make_inputs(family, ROWS[1:2]))
 
 
 ROWS = [
@@ -183,7 +176,7 @@ def by_hand(family, name, inputs, model, record):
                     )
                     if tower is not None:
                         facts.tower_attention, facts.tower_states, facts.tower_keys = tower[index]
-                        facts.tower_has_class_token = load_pruned(family).config.vision_config.model_type == "clip_vision_model"
+                        facts.tower_has_class_token = model.config.vision_config.model_type in WITH_CLASS_TOKEN
                     if number > 0:
                         keys = cache.layers[number - 1].keys[0]
                         facts.keys, facts.text_keys = array(keys[:, at]), array(keys[:, text])
@@ -226,14 +219,21 @@ def by_hand(family, name, inputs, model, record):
     return stock.lm_head(decoder.norm(hidden))[0], columns, kept_at
 
 
+WITH_CLASS_TOKEN = ("clip_vision_model", "internvl_vision")
+
+
 def tower_by_hand(family, inputs, record):
     """What the eager tower attends to, its states and keys, [num_visual, ...] of each grid; and the projector, or None where
     the tower merges patches."""
     model = load_stock(family, attn="eager").model
     merges = issubclass(family.model_class, PrunedQwenModelMixin)
-    by_hand = merging_tower_by_hand if merges else llava_tower_by_hand
+    own = {"internvl": internvl_tower, "smolvlm": idefics3_tower, "idefics3": idefics3_tower, "mistral3": mistral3_tower}
     with torch.no_grad():
-        return by_hand(model, inputs, record)
+        if family.name not in own:
+            return (merging_tower_by_hand if merges else llava_tower_by_hand)(model, inputs, record)
+        parts, project = own[family.name](model, inputs)
+        assert [len(grid) for grid in parts[0]] == [image.num_visual for image in record]
+        return list(zip(*([array(grid) for grid in part] for part in parts), strict=True)), project
 
 
 def llava_tower_by_hand(model, inputs, record):
@@ -574,10 +574,13 @@ def test_what_the_tower_attends_to_equals_its_eager_maps(family, attn, monkeypat
             expected, _ = tower_by_hand(family, inputs, record)
             for weights in (2**25, 1000):
                 monkeypatch.setattr(tower_signals, "WEIGHTS_AT_ONCE", weights)
-                encoded = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
-                for image, parts in zip(record, expected, strict=True):
-                    views = model.model.grid_views_of("image", encoded[image.image])
-                    signals = encoded[image.image].tower.of(views[image.view].token_indices())
+                encoded = model.model._encode({name: inputs[name] for name in names})["image"].pooler_output
+                grids = [
+                    features.tower.of(view.token_indices())
+                    for features in features_of_images(encoded)
+                    for view in model.model.grid_views_of("image", features)
+                ]
+                for signals, parts in zip(grids, expected, strict=True):
                     found = signals.attention, signals.states, signals.keys
                     for part, of_tower in zip(parts, found, strict=True):
                         np.testing.assert_allclose(array(of_tower), part, rtol=1e-4, atol=1e-5 * np.abs(part).max())

@@ -3,6 +3,7 @@
 import copy
 import json
 import string
+from functools import partial
 
 import method_oracles
 import numpy as np
@@ -137,8 +138,26 @@ def test_what_is_wrong_is_named(clip, tmp_path):
         load(clip, method="fastv").config.pruning_settings()
 
 
-def test_other_towers_refuse_it(clip):
-    family = FAMILIES["qwen2_vl"]
+@pytest.mark.parametrize("method", ["cdpruner", "fastv", "vlm_pruner"])
+def test_a_question_that_the_method_would_ignore_is_refused(method):
+    """Unless nothing is pruned in the call."""
+    model, inputs = load(None, method=method), make_inputs(LLAVA, ROWS[:1])
+    message = f"pruning_question is given, but pruning_method is '{method}'.* Only 'cdpruner' with pruning_text_tower set does"
+    for call in (model, partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs, pruning_question="What?")
+    plain = model(**inputs, pruning_ratio=0.0).logits
+    assert torch.equal(model(**inputs, pruning_question="What?", pruning_ratio=0.0).logits, plain)
+    text = make_inputs(LLAVA, [([], "Say something.")])
+    assert torch.equal(model(**text, pruning_question=["What?"]).logits, model(**text).logits)
+    model.config.pruning_method = "none"
+    assert torch.equal(model(**inputs, pruning_question="What?").logits, plain)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_other_towers_refuse_it(clip, name):
+    """InternVL's has a class token too."""
+    family = FAMILIES[name]
     model = copy.deepcopy(load_pruned(family))
     model.config.pruning_method, model.config.pruning_text_tower = "cdpruner", clip
     with pytest.raises(ValueError, match="this model's vision tower is not CLIP's"):

@@ -112,16 +112,6 @@ def test_one_budget_for_a_video_of_images_is_refused(name):
     model(**make_inputs(FAMILIES[name], [([picture(1, 96, 96)], "What?")]))
 
 
-@pytest.mark.parametrize("name", ["internvl", "mistral3", "smolvlm", "idefics3"])
-def test_methods_that_look_at_the_tower_are_refused_by_name(name):
-    """InternVL's has a class token, whose attention nobody reads here."""
-    family, model = FAMILIES[name], copy.deepcopy(load_pruned(FAMILIES[name]))
-    model.config.pruning_method = "visionzip"
-    tower = model.config.vision_config.model_type
-    with pytest.raises(ValueError, match=rf"'visionzip' looks at .* a vlmpruner_{name} model with a tower of type '{tower}'"):
-        model(**make_inputs(family, [([picture(1, 96, 96)], "What?")]))
-
-
 # Videos that come as images
 
 
