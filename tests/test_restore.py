@@ -20,6 +20,7 @@ from vlmpruner.attention_correction import additive_masks, distance_term
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
 from vlmpruner.method_holov import HoloV
 from vlmpruner.method_restore import anchored
+from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaModel
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.pruning_method import StageTokens, TowerSignals
 
@@ -489,8 +490,10 @@ def test_attention_that_takes_no_additive_mask_is_refused(backend):
         assert model.config.pruning_settings().method == "restore"
 
 
-def test_a_tower_that_tells_nothing_is_refused_as_for_the_selector():
-    family = FAMILIES["mistral3"]
+def test_a_tower_that_tells_nothing_is_refused_as_for_the_selector(monkeypatch):
+    """That of features of several layers, say."""
+    monkeypatch.setattr(VLMPrunerLlavaModel, "tower_blocks", lambda self: None)
+    inputs = make_inputs(LLAVA, ROWS[1:2])
     with pytest.raises(ValueError, match=r"pruning_method 'restore' looks at the attention in the vision tower"):
-        load_method(family, "restore", pruning_selector="holov")(**make_inputs(family, ROWS[1:2]))
-    assert load_method(family, "restore")(**make_inputs(family, ROWS[1:2])).pruning_record is not None
+        load_method(LLAVA, "restore", pruning_selector="holov")(**inputs)
+    assert load_method(LLAVA, "restore")(**inputs).pruning_record is not None
