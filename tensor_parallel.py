@@ -11,12 +11,17 @@ from torch import nn
 
 
 def check_heads(model) -> None:
-    """Raise a ValueError where tensor parallelism would cut a key head in two. The stock attention can not run then either."""
+    """Raise a ValueError where tensor parallelism would cut a key head in two, in which the stock attention fails too. A plan
+    that leaves the attention whole on each rank cuts none."""
     size, num_heads = getattr(model, "_tp_size", None) or 1, model.config.get_text_config(decoder=True).num_key_value_heads
-    if num_heads % size != 0:
+    if num_heads % size == 0:
+        return
+    attentions = [module for module in model.get_decoder().modules() if hasattr(module, "k_proj")]
+    if any(_mesh(attention) is not None for attention in attentions):
         raise ValueError(
             f"Tensor parallelism over {size} ranks needs a number of key heads that {size} divides, but this model has "
-            f"num_key_value_heads={num_heads}. Use {_divisors(num_heads)} ranks."
+            f"num_key_value_heads={num_heads}. Use {_divisors(num_heads)} ranks, or a tp_plan that leaves the attention whole "
+            "(docs/parallel.md)."
         )
 
 
@@ -52,7 +57,12 @@ def all_heads(per_head: torch.Tensor, num_heads: int, layer: nn.Module) -> torch
 
 def _group(layer: nn.Module):
     """The ranks over which the key heads of a layer are spread, or None."""
-    mesh = getattr(layer.self_attn.k_proj.weight, "device_mesh", None)
+    mesh = _mesh(layer.self_attn)
     if mesh is None:
         return None
     return mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group()
+
+
+def _mesh(attention: nn.Module):
+    """The device mesh over which the library spread the key projection, or None where each rank has all of it."""
+    return getattr(attention.k_proj.weight, "device_mesh", None)

@@ -22,7 +22,7 @@ except ImportError as error:
     raise SystemExit('This example needs Ray Data: pip install "ray[data]" av') from error
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import load_video
@@ -66,9 +66,9 @@ class Answerer:
         return {"line": [json.dumps(line, ensure_ascii=False) for line in lines]}
 
     def read(self, path: Path) -> dict:
-        """What the processor takes of a file."""
+        """What the processor takes of a file. Photos are turned upright."""
         if path.suffix.lower() in PICTURES:
-            return {"images": [Image.open(path).convert("RGB")]}
+            return {"images": [ImageOps.exif_transpose(Image.open(path)).convert("RGB")]}
         frames, metadata = load_video(str(path), sample_indices_fn=self.frames_seen)
         return {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
 

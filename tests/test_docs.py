@@ -22,6 +22,7 @@ EXPORT = "llava-pruned"
 NOT_RUN = {
     ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
+    ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",
     ("docs/looking.md", 'pip install -e ".[app]"'): "serves until it is stopped; tests/app opens the page",
     ("docs/looking.md", 'pip install -e ".[notebook]"'): "tests/test_notebook.py runs the notebook",
     ("docs/parallel.md", "torchrun"): "its program is below it; tests/test_parallel.py runs both",

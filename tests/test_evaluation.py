@@ -54,6 +54,14 @@ def test_another_family_is_named(tmp_path):
         load(str(tmp_path), pruning_ratio=0.5)
 
 
+def test_the_repo_s_code_is_not_asked_for(monkeypatch):
+    """At a terminal the library would, and wait for an answer."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    model, processor = load(str(ROOT), pruning_ratio=0.5)
+    assert not asked and {type(each).__module__.split(".")[0] for each in (model, processor)} == {"vlmpruner"}
+
+
 @pytest.mark.once
 def test_the_questions_of_the_task_are_those_of_the_accuracy_benchmark():
     lines = (ROOT / "benchmarks" / "lmms_eval" / "questions.jsonl").read_text().splitlines()
@@ -142,8 +150,10 @@ def test_scores_have_the_paper_s_scale():
 @pytest.mark.once
 def test_two_processes_give_the_scores_of_one(tmp_path):
     results = []
-    for number, launch in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        output = tmp_path / f"{number}.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    for number, launch in ((1, []), (2, torchrun), (2, accelerate)):
+        output = tmp_path / f"{len(results)}.json"
         words = [
             sys.executable,
             *launch,
@@ -153,10 +163,10 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
             "--ratios",
             "0.889",
             "--per-type",
-            "2",
+            "1",
         ]
         done = subprocess.run(
-            [*words, "--batch-size", "4", "--output", str(output)],
+            [*words, "--batch-size", "2", "--output", str(output)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -171,7 +181,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
         assert result.pop("random 0.889")["num_kept"] == 64
         for each in result.values():  # a mean of means
             each |= {name: round(value, 9) for name, value in each.items() if name.startswith("num_")}
-    assert results[0] == results[1] and set(results[0]) == {"unpruned", "unpruned blind", "fastv 0.889"}
+    assert results[0] == results[1] == results[2] and set(results[0]) == {"unpruned", "unpruned blind", "fastv 0.889"}
 
 
 def test_shares_are_whole_batches_in_order():

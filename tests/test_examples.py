@@ -78,6 +78,15 @@ def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
         example["answered_before"](output, asked, retry_errors=False)
 
 
+@pytest.mark.once
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top is at the right
+    Image.new("RGB", (16, 8)).save(tmp_path / "photo.jpg", exif=exif)
+    read = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))["Answerer"].read
+    assert read(None, tmp_path / "photo.jpg")["images"][0].size == (8, 16)
+
+
 def test_without_ray_it_says_what_to_install(tmp_path):
     hidden = "import sys; sys.modules['ray'] = None; import runpy; runpy.run_path('examples/batch_inference.py')"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, timeout=60)

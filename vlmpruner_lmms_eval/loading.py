@@ -41,7 +41,9 @@ def load(pretrained: str, revision: str | None = None, processor_options: dict |
         _class(config_class.auto_map_targets[auto]) for auto in ("AutoModelForImageTextToText", "AutoProcessor")
     )
     model = model_class.from_pretrained(pretrained, **hub, **options).eval()
-    return model, processor_class.from_pretrained(pretrained, **hub, **(processor_options or {}))
+    # Else the library asks at the terminal whether to run the repo's code, to read the config that its tokenizer does not need.
+    options = {"trust_remote_code": False} | (processor_options or {})
+    return model, processor_class.from_pretrained(pretrained, **hub, **options)
 
 
 def _class(target: str) -> type:
