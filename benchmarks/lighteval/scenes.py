@@ -23,8 +23,7 @@ class IsRight(SampleLevelComputation):
     """1 where the answer is the expected one, as benchmarks/accuracy.py compares them, else 0."""
 
     def compute(self, doc: Doc, model_response, **kwargs) -> float:
-        texts = model_response.final_text
-        return float(is_right(texts if isinstance(texts, str) else texts[0], doc.choices[0]))  # its own class gives no list
+        return float(is_right(model_response.final_text[0], doc.choices[0]))
 
 
 def prompt_of(kind: str):
