@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from families import FAMILIES, small_checkpoint
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -19,8 +23,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from app import EXAMPLES, PICTURES
-from export import own
+from app import EXAMPLES, PICTURES, Asker, Choice
+from demo import load_pruned
+from export import Base, export_model, own
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -34,13 +39,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The page's address, and the file of the addresses that the server has connected to."""
-    folder = tmp_path_factory.mktemp("server")
+@contextmanager
+def serving(folder: Path, *options: str):
+    """The page's address, and the folder with the file of the addresses that the server has connected to."""
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("audited.py"), folder / "addresses", "--max-new-tokens", "12"],
+            [sys.executable, Path(__file__).with_name("audited.py"), folder / "addresses", "--max-new-tokens", "12", *options],
             cwd=folder,
             env=os.environ | {"GRADIO_TEMP_DIR": str(folder / "temporary"), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
@@ -62,6 +66,12 @@ def server(tmp_path_factory):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +243,37 @@ def test_two_sessions_have_a_picture_each(page, browser, server, tmp_path):
     page.set_slider("step", 63)
     page.set_slider("step", 64)
     page.wait(lambda: page.kept(tmp_path).tobytes() == mine)
+
+
+@pytest.mark.parametrize(("name", "num_grids"), [("qwen2_5_vl", 1), ("llava_next", 2)])
+def test_exports_of_other_families(name, num_grids, browser, tmp_path):
+    """Cost, order and picture are those of the request, also where an image has several grids."""
+    repo = export_model(small_checkpoint(FAMILIES[name]), tmp_path / "pruned", report=lambda line: None)
+    asker = Asker(*load_pruned(Base.open(str(repo)), str(repo)), max_new_tokens=12)
+    *_, (_, pruned, drawing) = asker.answers(
+        str(PICTURES / EXAMPLES[0][0]), EXAMPLES[0][1], Choice("vlm_pruner", "paper", 0.889)
+    )
+    assert len(pruned.record) == num_grids
+
+    def is_shown(page: Page, first: int) -> bool:
+        """Whether the page shows so many tokens of each grid, as closely as its file format keeps colors."""
+        with urlopen(page.one("#kept img").get_attribute("src")) as file:
+            shown = np.asarray(Image.open(BytesIO(file.read())).convert("RGB")).astype(int)
+        expected = np.asarray(asker.draw(drawing, first)).astype(int)
+        return shown.shape == expected.shape and np.abs(shown - expected).mean() < 4
+
+    with serving(tmp_path, "--model", str(repo)) as (address, folder):
+        page = Page(browser, address)
+        assert repo.name in page.text("#title").split()
+        page.ask()
+        assert len(page.answers()) == 2
+        assert page.cell("visual tokens")[:2] == [str(pruned.record.num_visual), str(pruned.record.num_kept)]
+        assert f"of {drawing.num_steps}" in page.text("#step")
+        page.wait(lambda: is_shown(page, drawing.num_steps))
+        assert not is_shown(page, 1)
+        page.set_slider("step", 1)
+        page.wait(lambda: is_shown(page, 1))
+        assert set((folder / "addresses").read_text().split()) <= {"127.0.0.1", "localhost", "None"}
 
 
 def test_nothing_is_loaded_from_elsewhere(page, browser, server):
