@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the benchmarks are scripts in a folder of their own, which has to be on the path first
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare
-from compare import Comparison, difference, matched_budget, parse_method, planned_tokens, rows_of
+from compare import Comparison, cell_name, difference, matched_budget, matrix, parse_method, planned_tokens, rows_of, shown
 from geometries import DecoderSizes, LayerSizes
+from measurement import table
 
 from benchmarks import accuracy
 from vlmpruner.pruning_methods import METHODS
@@ -23,6 +25,18 @@ from vlmpruner.pruning_methods import METHODS
 
 LAYER = LayerSizes(hidden=2, intermediate=3, query=2, key_value=2)
 SIZES = DecoderSizes(hidden=2, vocabulary=7, layers=(LAYER,) * 6)
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = (ROOT / "docs" / "compare.md").read_text()
+INTERVAL = r"[-+]?[0-9.]+ \[[^]]+\]"
+COSTS = ("method", "tokens", "KV MB", "FLOPs", "7B", "selection ms", "prefill ms")  # columns of the page's table
+
+
+def committed(match: str) -> tuple[dict, list[str]]:
+    """What was measured, and the methods in the order in which they were."""
+    content = json.loads((RESULTS / f"compare{match}.json").read_text())
+    return content, list(dict.fromkeys(name.split(" ")[2] for name in content["results"] if not name.endswith(" unpruned")))
 
 
 def method(name: str, num_layers: int = 6):
@@ -76,6 +90,35 @@ def test_a_difference_is_paired():
     assert difference(worse, worse, unpruned) == (0, 0, 0)
     middle, low, high = difference(worse, unpruned, unpruned)
     assert middle == pytest.approx(-25) and low < middle < high <= 0
+
+
+@pytest.mark.parametrize("match", ["", "_layers", "_flops"])
+def test_the_committed_tables_are_of_the_committed_numbers(match, tmp_path):
+    content, specs = committed(match)
+    written = compare.write_report(content, specs, "vlm_pruner", tmp_path / "compare.json")
+    assert (RESULTS / f"compare{match}.md").read_text() == written
+    names = {name for name in accuracy.METHODS if name.partition(":")[0] != "none"}
+    assert set(specs) == names
+    if not match:  # no cell is missing
+        about = content["about"]
+        cells = {cell_name(split, spec, count) for split in about["splits"] for spec in specs for count in about["tokens"]}
+        assert cells | {cell_name(split, "", None) for split in about["splits"]} == set(content["results"])
+        assert set(content["times"]) == {"unpruned"} | {f"{count} {spec}" for count in about["tokens"] for spec in specs}
+
+
+def test_the_page_has_the_committed_numbers():
+    """Its tables are made of them, and it quotes no other intervals."""
+    content, specs = committed("")
+    assert table(matrix(content, specs, "crowded_test")) in DOCS
+    rows = rows_of(content, specs, "vlm_pruner")
+    at_64 = [{name: row[name] for name in COSTS} for row in rows if row["budget"] in ("all", 64)]
+    assert table(at_64) in DOCS
+    known = {shown((100, 100, 100))}
+    for match in ("", "_layers", "_flops"):
+        known |= set(re.findall(INTERVAL, (RESULTS / f"compare{match}.md").read_text()))
+    measured = DOCS.partition("## What was measured")[2].partition("## Presets that were looked for")[0]
+    quoted = set(re.findall(INTERVAL, measured))
+    assert len(quoted) > 60 and quoted <= known, quoted - known
 
 
 @pytest.fixture(scope="module")
