@@ -1,7 +1,7 @@
 """Pruning methods beside each other: answers, time, memory and multiplications of every method at equal budgets.
 
 `python benchmarks/compare.py` compares all methods that the model at the root of this repo can run, on the scenes of
-training/scenes.py: the split "test", which is what accuracy.py asks about, "hard_test" and "crowded_test". `--model FOLDER`
+training/scenes.py: the split "test", which is what accuracy.py asks about, "crowded_test" and "hard_test". `--model FOLDER`
 takes another pruned model repo. A method is named `METHOD`, `METHOD:PRESET`, or with parameters of its own,
 `METHOD:PRESET,NAME=VALUE,...`; random and the unpruned model are always among them. Each cell is written as soon as it is
 known, and a second run goes on where the first stopped.
@@ -67,7 +67,7 @@ from vlmpruner.pruning_method import PruningMethod  # noqa: E402
 
 
 TOKENS = (64, 32, 16, 8)
-COMPARED_SPLITS = ("test", "hard_test", "crowded_test")
+COMPARED_SPLITS = ("test", "crowded_test", "hard_test")
 MATCHES = ("kept", "layers", "flops")
 LARGE = DecoderSizes.of(GEOMETRIES["llava-1.5-7b"])
 
@@ -363,14 +363,15 @@ def label(content: dict, spec: str) -> str:
 
 
 def rows_of(content: dict, specs: Sequence[str], against: str) -> list[dict]:
-    """The table: for each budget the methods that have been measured, by the last split's scores; the unpruned model first."""
+    """The table: for each budget the methods that have been measured on the last split, by their scores there; "-" for another
+    split where that is still to come. The unpruned model first."""
     results, times = content["results"], content["times"]
     splits = content["about"]["splits"]
     unpruned = {split: results[cell_name(split, "", None)] for split in splits}
     rows = [_row("all", "unpruned", unpruned, unpruned, None, times.get("unpruned"))]
     for num_keep in content["about"]["tokens"]:
-        measured = [spec for spec in specs if all(cell_name(split, spec, num_keep) in results for split in splits)]
-        entries = {spec: {split: results[cell_name(split, spec, num_keep)] for split in splits} for spec in measured}
+        measured = [spec for spec in specs if cell_name(splits[-1], spec, num_keep) in results]
+        entries = {spec: {split: results.get(cell_name(split, spec, num_keep)) for split in splits} for spec in measured}
         scores = {
             spec: relative(entry[splits[-1]]["right"], unpruned[splits[-1]]["right"])[0] for spec, entry in entries.items()
         }
@@ -384,7 +385,7 @@ def _row(num_keep, method: str, entry: dict, unpruned: dict, against: dict | Non
     row = {"budget": num_keep, "method": method}
     for split, cell in entry.items():
         there = unpruned[split]["right"]
-        row[f"{split} [95 %]"] = shown(relative(cell["right"], there))
+        row[f"{split} [95 %]"] = shown(relative(cell["right"], there)) if cell else "-"
     other = None if against is None else against[split]["right"]
     row["against"] = "" if other is None else shown(difference(cell["right"], other, there), "+")
     large, times = cell["large_flops"], times or {}
@@ -399,12 +400,18 @@ def _row(num_keep, method: str, entry: dict, unpruned: dict, against: dict | Non
 
 
 def matrix(content: dict, specs: Sequence[str], split: str) -> list[dict]:
-    """Methods by budgets: the relative scores of a split, "-" where there is none yet. Ordered by those of the last budget."""
-    results, budgets = content["results"], content["about"]["tokens"]
+    """Methods by those budgets of which the split has a score: the relative scores, "-" where there is none yet. Ordered by
+    those of the last budget."""
+    results = content["results"]
+    budgets = [
+        num_keep
+        for num_keep in content["about"]["tokens"]
+        if any(cell_name(split, spec, num_keep) in results for spec in specs)
+    ]
     unpruned = results[cell_name(split, "", None)]["right"]
     found = {spec: [results.get(cell_name(split, spec, num_keep)) for num_keep in budgets] for spec in specs}
     found = {spec: [cell and relative(cell["right"], unpruned) for cell in cells] for spec, cells in found.items()}
-    order = sorted(specs, key=lambda spec: found[spec][-1] or (-1,), reverse=True)
+    order = sorted(specs, key=lambda spec: [values or (-1,) for values in reversed(found[spec])], reverse=True)
     heads = [f"{num_keep} tokens" for num_keep in budgets]
     cells = {spec: [shown(values) if values else "-" for values in found[spec]] for spec in order}
     measured = [spec for spec in order if set(cells[spec]) != {"-"}]
