@@ -23,7 +23,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, update_wrapper
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ METHODS = tuple(
     for preset in method.presets
 )
 MAX_NEW_TOKENS = 12
+SCENES_WITHOUT = 1000  # scenes in a row without a question of a type, after which there will be none
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
@@ -126,14 +127,28 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def collect_questions(per_type: int, split: str = "test") -> list[tuple[Scene, Question]]:
-    """The first `per_type` questions of every type, scene after scene from seed 0."""
+    """The first `per_type` questions of every type, scene after scene from seed 0.
+
+    Raises:
+        ValueError: no question of each type is asked for, or `SCENES_WITHOUT` scenes in a row have none of a type, as where a
+            layout has two signs at least, so that "the sign" is never one.
+    """
+    if per_type < 1:
+        raise ValueError(f"per_type, the questions of each type, must be an integer >= 1, but is {per_type!r}.")
     missing, chosen, seed = dict.fromkeys(QUESTION_TYPES, per_type), [], 0
+    last = dict.fromkeys(QUESTION_TYPES, -1)  # seed of the last scene that has one
     while any(missing.values()):
         scene = make_scene(split, seed)
         for question in ask(scene):
+            last[question.kind] = seed
             if missing[question.kind]:
                 missing[question.kind] -= 1
                 chosen.append((scene, question))
+        if never := [kind for kind, number in missing.items() if number and seed - last[kind] >= SCENES_WITHOUT]:
+            raise ValueError(
+                f"{SCENES_WITHOUT} scenes of {split!r} in a row, up to seed {seed}, have no question of type "
+                f"{' or '.join(never)}: the layout of the split does not allow it."
+            )
         seed += 1
     return chosen
 
@@ -144,6 +159,7 @@ class RememberedFeatures:
 
     def __init__(self, model):
         self.encode, self.known, self.config = model.model.get_image_features, {}, model.config
+        update_wrapper(self, self.encode)  # `generate` gives an encoder what its signature names, such as sizes of images
         model.model.get_image_features = self
 
     def __call__(self, pixel_values, *args, **kwargs):
@@ -164,13 +180,18 @@ def noise_picture(size: int, seed: int) -> Image.Image:
 
 @contextmanager
 def configured(model, configuration: Configuration):
-    """The model's config holds the values of a configuration. A bad one raises the config's ValueError."""
+    """The model's config holds the values of a configuration.
+
+    Raises:
+        ValueError: the config's, of a bad value; the model's, of a method that looks at a vision tower it does not know.
+    """
     keys = {"pruning_method": configuration.method, "pruning_ratio": configuration.ratio} | configuration.changes
     before = {key: getattr(model.config, key) for key in keys}
     try:
         for key, value in keys.items():
             setattr(model.config, key, value)
-        model.config.pruning_settings()
+        if model.config.pruning_settings() is not None:
+            model.model.refuse_unknown_tower()
         yield
     finally:
         for key, value in before.items():
@@ -414,7 +435,7 @@ def load(path: Path, device: str | None = None) -> tuple:
 
 
 def defined_methods(model) -> list[str]:
-    """Those of `METHODS` that the model's config does not refuse."""
+    """Those of `METHODS` that neither the model's config nor the model refuses."""
     defined = []
     for method in METHODS:
         try:
@@ -447,13 +468,16 @@ def main():
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(f"--model {options.model} holds no config.json. Give a pruned model repo, such as export.py makes.")
+    try:
+        questions = collect_questions(options.per_type)
+    except ValueError as error:
+        parser.error(str(error))
     transformers.logging.set_verbosity_error()
 
     state = PartialState(cpu=not torch.cuda.is_available())  # else, on CPUs, each process takes itself for the only one
     with state.main_process_first():  # the repo's code is in the cache before others read it
         model, processor, about = load(options.model, str(state.device))
     width = model.config.get_text_config().hidden_size
-    questions = collect_questions(options.per_type)
     results = Results(options.output, fingerprint_of(options.model, questions), about | {"per_type": options.per_type})
     configurations = [Configuration("none", 0), Configuration("none", 0, blind=True)]
     configurations += [

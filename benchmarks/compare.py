@@ -1,10 +1,10 @@
 """Pruning methods beside each other: answers, time, memory and multiplications of every method at equal budgets.
 
 `python benchmarks/compare.py` compares all methods that the model at the root of this repo can run, on the scenes of
-training/scenes.py: the split "test", which is what accuracy.py asks about, and "hard_test". `--model FOLDER` takes another
-pruned model repo. A method is named `METHOD`, `METHOD:PRESET`, or with parameters of its own, `METHOD:PRESET,NAME=VALUE,...`;
-random and the unpruned model are always among them. Each cell is written as soon as it is known, and a second run goes on where
-the first stopped.
+training/scenes.py: the split "test", which is what accuracy.py asks about, "crowded_test" and "hard_test". `--model FOLDER`
+takes another pruned model repo. A method is named `METHOD`, `METHOD:PRESET`, or with parameters of its own,
+`METHOD:PRESET,NAME=VALUE,...`; random and the unpruned model are always among them. Each cell is written as soon as it is
+known, and a second run goes on where the first stopped.
 
 relative   answers right, in percent of the unpruned model's: mean over the question types of score / unpruned score
 interval   95 % of that mean, by a paired bootstrap over the questions (2,000 draws)
@@ -67,7 +67,7 @@ from vlmpruner.pruning_method import PruningMethod  # noqa: E402
 
 
 TOKENS = (64, 32, 16, 8)
-COMPARED_SPLITS = ("test", "hard_test")
+COMPARED_SPLITS = ("test", "crowded_test", "hard_test")
 MATCHES = ("kept", "layers", "flops")
 LARGE = DecoderSizes.of(GEOMETRIES["llava-1.5-7b"])
 
@@ -348,29 +348,44 @@ def shown(values: tuple[float, float, float], sign: str = "") -> str:
     return "{:{sign}.1f} [{:{sign}.1f}, {:{sign}.1f}]".format(*values, sign=sign)
 
 
+def per_type(content: dict, split: str) -> int:
+    """How many questions of each type a split was asked."""
+    return len(next(iter(content["results"][cell_name(split, "", None)]["right"].values())))
+
+
+def decides_itself(content: dict, spec: str) -> bool:
+    """Whether the content of a picture decides how many tokens a method keeps, so that a budget is a limit at most."""
+    return any(name.endswith(f" {spec}") and cell["large_flops"] is None for name, cell in content["results"].items())
+
+
+def label(content: dict, spec: str) -> str:
+    return f"{spec} (own number)" if decides_itself(content, spec) else spec
+
+
 def rows_of(content: dict, specs: Sequence[str], against: str) -> list[dict]:
-    """The table: for each budget the methods that have been measured, by the last split's scores; the unpruned model first."""
+    """The table: for each budget the methods that have been measured on the last split, by their scores there; "-" for another
+    split where that is still to come. The unpruned model first."""
     results, times = content["results"], content["times"]
     splits = content["about"]["splits"]
     unpruned = {split: results[cell_name(split, "", None)] for split in splits}
     rows = [_row("all", "unpruned", unpruned, unpruned, None, times.get("unpruned"))]
     for num_keep in content["about"]["tokens"]:
-        measured = [spec for spec in specs if all(cell_name(split, spec, num_keep) in results for split in splits)]
-        entries = {spec: {split: results[cell_name(split, spec, num_keep)] for split in splits} for spec in measured}
+        measured = [spec for spec in specs if cell_name(splits[-1], spec, num_keep) in results]
+        entries = {spec: {split: results.get(cell_name(split, spec, num_keep)) for split in splits} for spec in measured}
         scores = {
             spec: relative(entry[splits[-1]]["right"], unpruned[splits[-1]]["right"])[0] for spec, entry in entries.items()
         }
         for spec in sorted(measured, key=scores.get, reverse=True):
             other = entries.get(against) if spec != against else None
-            rows.append(_row(num_keep, spec, entries[spec], unpruned, other, times.get(f"{num_keep} {spec}")))
+            rows.append(_row(num_keep, label(content, spec), entries[spec], unpruned, other, times.get(f"{num_keep} {spec}")))
     return rows
 
 
-def _row(num_keep, spec: str, entry: dict, unpruned: dict, against: dict | None, times: dict | None) -> dict:
-    row = {"budget": num_keep, "method": spec}
+def _row(num_keep, method: str, entry: dict, unpruned: dict, against: dict | None, times: dict | None) -> dict:
+    row = {"budget": num_keep, "method": method}
     for split, cell in entry.items():
         there = unpruned[split]["right"]
-        row[f"{split} [95 %]"] = shown(relative(cell["right"], there))
+        row[f"{split} [95 %]"] = shown(relative(cell["right"], there)) if cell else "-"
     other = None if against is None else against[split]["right"]
     row["against"] = "" if other is None else shown(difference(cell["right"], other, there), "+")
     large, times = cell["large_flops"], times or {}
@@ -385,27 +400,38 @@ def _row(num_keep, spec: str, entry: dict, unpruned: dict, against: dict | None,
 
 
 def matrix(content: dict, specs: Sequence[str], split: str) -> list[dict]:
-    """Methods by budgets: the relative scores of a split, "-" where there is none yet. Ordered by those of the last budget."""
-    results, budgets = content["results"], content["about"]["tokens"]
+    """Methods by those budgets of which the split has a score: the relative scores, "-" where there is none yet. Ordered by
+    those of the last budget."""
+    results = content["results"]
+    budgets = [
+        num_keep
+        for num_keep in content["about"]["tokens"]
+        if any(cell_name(split, spec, num_keep) in results for spec in specs)
+    ]
     unpruned = results[cell_name(split, "", None)]["right"]
     found = {spec: [results.get(cell_name(split, spec, num_keep)) for num_keep in budgets] for spec in specs}
     found = {spec: [cell and relative(cell["right"], unpruned) for cell in cells] for spec, cells in found.items()}
-    order = sorted(specs, key=lambda spec: found[spec][-1] or (-1,), reverse=True)
+    order = sorted(specs, key=lambda spec: [values or (-1,) for values in reversed(found[spec])], reverse=True)
     heads = [f"{num_keep} tokens" for num_keep in budgets]
     cells = {spec: [shown(values) if values else "-" for values in found[spec]] for spec in order}
-    return [{split: spec} | dict(zip(heads, cells[spec], strict=True)) for spec in order if set(cells[spec]) != {"-"}]
+    measured = [spec for spec in order if set(cells[spec]) != {"-"}]
+    return [{split: label(content, spec)} | dict(zip(heads, cells[spec], strict=True)) for spec in measured]
 
 
 def plot(content: dict, specs: Sequence[str], path: Path) -> None:
-    """For each split the relative score over the budget, and for the last one over FLOPs at each budget."""
+    """For each split the relative score over the budget, and for the last one over FLOPs at each budget: two panels a row."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     results, about = content["results"], content["about"]
     splits, budgets = about["splits"], about["tokens"]
     colors, marks = colormaps["tab20"].colors, "osD^vPX<>*"
-    figure = Figure(figsize=(5.2 * (len(splits) + 1), 6), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(splits) + 1, sharey=True)
+    num_rows = -(-(len(splits) + 1) // 2)
+    figure = Figure(figsize=(13, 5.5 * num_rows), dpi=110, layout="constrained")
+    panels = figure.subplots(num_rows, 2, sharey=True).ravel()
+    for panel in panels[len(splits) + 1 :]:
+        panel.remove()
+    panels = panels[: len(splits) + 1]
     for panel, split in zip(panels, (*splits, splits[-1]), strict=True):
         unpruned = results[cell_name(split, "", None)]["right"]
         over_flops = panel is panels[-1]
@@ -430,10 +456,11 @@ def plot(content: dict, specs: Sequence[str], path: Path) -> None:
                 elinewidth=0.6,
                 linestyle=":" if spec == "random" else "-",
                 zorder=3 if ours else 2,
-                label=spec,
+                label=label(content, spec),
             )
         panel.axhline(100, color="black", linewidth=0.8, linestyle="--")
-        panel.set_title(split)
+        panel.set_title(f"{split}, {per_type(content, split)} questions of each type")
+        panel.set_ylabel("answers right, % of unpruned")
         panel.grid(alpha=0.3)
         if over_flops:
             panel.set_xlabel("FLOPs of the prefill, % of unpruned")
@@ -442,11 +469,8 @@ def plot(content: dict, specs: Sequence[str], path: Path) -> None:
             panel.set_xticks(budgets, list(map(str, budgets)))
             panel.minorticks_off()
             panel.set_xlabel("budget, tokens")
-    panels[0].set_ylabel("answers right, % of unpruned")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.suptitle(
-        f"Equal {about['match']}; {about['per_type']} questions of each type; {place_and_versions(about)}", fontsize="small"
-    )
+    figure.suptitle(f"Equal: {about['match']}. Intervals of 95 %. {place_and_versions(about)}", fontsize="small")
     figure.savefig(path)
 
 
@@ -468,9 +492,12 @@ def write_report(content: dict, specs: Sequence[str], against: str, path: Path) 
     """Write tables and plot beside the JSON file `path`; return the tables."""
     about = content["about"]
     times = f" Times are medians of {about['repeats']} calls." if "repeats" in about else ""
+    questions = ", ".join(f"{per_type(content, split)} of {split}" for split in about["splits"])
+    own = [spec for spec in specs if decides_itself(content, spec)]
+    note = f" How many tokens {' and '.join(own)} keeps is decided by the picture, whatever the budget." if own else ""
     heading = (
-        f"Questions of each type: {about['per_type']}. Equal among methods: {about['match']}. "
-        f"The differences are to {against}.{times} {place_and_versions(about)}."
+        f"Questions of each type: {questions}. Equal among methods: {about['match']}.{note} "
+        f"The differences, of {about['splits'][-1]}, are to {against}.{times} {place_and_versions(about)}."
     )
     parts = [heading, *(table(matrix(content, specs, split)) for split in about["splits"])]
     text = "\n\n".join([*parts, table(rows_of(content, specs, against))]) + "\n"
@@ -483,10 +510,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of a pruned model repo, by default this one")
     parser.add_argument("--methods", nargs="*", help="by default every method and preset that is defined for the model")
-    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS, help="budgets: visual tokens of a picture")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="budgets: visual tokens of a picture")
     parser.add_argument("--match", choices=MATCHES, default="kept", help="what is equal among methods of one budget")
-    parser.add_argument("--splits", nargs="*", choices=SPLITS, default=COMPARED_SPLITS)
-    parser.add_argument("--per-type", type=int, default=100, help="questions of each type")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=COMPARED_SPLITS)
+    parser.add_argument(
+        "--per-type",
+        nargs="+",
+        type=int,
+        default=[100],
+        metavar="N",
+        help="questions of each type, or one number for each split",
+    )
     parser.add_argument("--against", default="vlm_pruner", help="the method that the others are compared with")
     parser.add_argument("--repeats", type=int, default=20, help="calls that a median takes; 0 leaves times out")
     parser.add_argument("--report", action="store_true", help="measure nothing; tables and plot of what has been measured")
@@ -495,12 +529,18 @@ def main():
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(f"--model {options.model} holds no config.json. Give a pruned model repo, such as export.py makes.")
+    if len(options.per_type) not in (1, len(options.splits)):
+        parser.error(f"--per-type must be one number, or one for each of {options.splits}, but is {options.per_type}.")
+    numbers = options.per_type * (len(options.splits) // len(options.per_type))
     suffix = "" if options.match == "kept" else f"_{options.match}"
     output = options.output or ROOT / "benchmarks" / "results" / f"compare{suffix}.json"
     transformers.logging.set_verbosity_error()
 
+    try:
+        questions = {split: collect_questions(each, split) for split, each in zip(options.splits, numbers, strict=True)}
+    except ValueError as error:
+        parser.error(str(error))
     model, processor, about = load(options.model)
-    questions = {split: collect_questions(options.per_type, split) for split in options.splits}
     about["match"] = options.match
     comparison = Comparison(model, processor, questions, options.batch_size, options.match)
     specs = list(dict.fromkeys([*(options.methods or defined_methods(model)), "random"]))
@@ -520,7 +560,7 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     content = results.content
-    content["about"] |= {name: list(getattr(options, name)) for name in ("splits", "tokens")} | {"per_type": options.per_type}
+    content["about"] |= {name: list(getattr(options, name)) for name in ("splits", "tokens")}
     content.setdefault("times", {})
     if not options.report:
         measure(comparison, results, specs, options.tokens)

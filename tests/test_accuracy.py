@@ -2,15 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig
+from families import FAMILIES
+from transformers import LlamaConfig, PixtralVisionConfig
 
 from benchmarks import accuracy
 from benchmarks.accuracy import Configuration, Results, collect_questions, is_right, markdown, relative, scores
+from training import scenes
 from training.scenes import QUESTION_TYPES
 from vlmpruner.configuration_vlmpruner import VLMPrunerLlavaConfig
+from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
 from vlmpruner.pruning_methods import METHODS
 
 
@@ -35,6 +39,22 @@ def test_questions_are_the_same_number_of_each_type():
     assert {kind: kinds.count(kind) for kind in QUESTION_TYPES} == dict.fromkeys(QUESTION_TYPES, 5)
     assert questions[:20] == collect_questions(5)[:20]
     assert all(scene.split == "test" for scene, _ in questions)
+
+
+@pytest.mark.parametrize(("signs", "missing"), [((2, 4), "read"), ((1, 1), "read_color"), ((0, 0), "read or read_color")])
+def test_a_layout_that_never_allows_a_type_is_named(monkeypatch, signs, missing):
+    monkeypatch.setitem(scenes.LAYOUTS, "hard_test", replace(scenes.HARD, num_signs=signs))
+    monkeypatch.setattr(accuracy, "SCENES_WITHOUT", 60)
+    with pytest.raises(
+        ValueError, match=f"60 scenes of 'hard_test' in a row, up to seed [0-9]+, have no question of type {missing}:"
+    ):
+        collect_questions(2, "hard_test")
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_questions_are_refused(number):
+    with pytest.raises(ValueError, match=f"per_type.* >= 1, but is {number}"):
+        collect_questions(number)
 
 
 def test_relative_is_the_mean_of_the_ratios_and_its_interval_holds_it():
@@ -103,7 +123,8 @@ def run(tmp_path, monkeypatch):
             key: value for key, value in entry(ratio=configuration.ratio).items() if key in ("right", "num_kept", "num_visual")
         }
 
-    model = SimpleNamespace(config=VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6)))
+    config = VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6))
+    model = SimpleNamespace(config=config, model=SimpleNamespace(refuse_unknown_tower=lambda: None))
     about = accuracy.environment("cpu") | {"dtype": "float32"}
     monkeypatch.setattr(accuracy, "load", lambda path, device: (model, None, about))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
@@ -163,6 +184,39 @@ def test_a_bad_option_is_named_before_anything_is_measured(run, capsys, options,
         run(*options)
     assert said in capsys.readouterr().err
     assert run("--methods", "random", "--ratios", "0.5") == ["unpruned", "unpruned blind", "random 0.5"]
+
+
+def pixtral_llava():
+    """LLaVA whose tower is Pixtral's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    text_config = LlamaConfig(vocab_size=64, num_hidden_layers=4, num_key_value_heads=2, **sizes)
+    vision_config = PixtralVisionConfig(num_hidden_layers=1, image_size=64, patch_size=16, **sizes)
+    return VLMPrunerLlavaForConditionalGeneration(VLMPrunerLlavaConfig(text_config=text_config, vision_config=vision_config))
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava"])
+def test_a_method_is_not_defined_for_a_model_whose_tower_it_does_not_know(name, capsys):
+    """Of Mistral 3, and of LLaVA with a Pixtral tower."""
+    family = FAMILIES["mistral3"]
+    model = pixtral_llava() if name == "llava" else family.pruned_class.from_pretrained(family.checkpoint)
+    defined, said = accuracy.defined_methods(model), capsys.readouterr().out
+    refused = [name for name, method in METHODS.items() if "tower" in method.looks_at]
+    assert {"visionzip", "vispruner", "scope", "holov"} <= set(refused)
+    assert defined == [method for method in accuracy.METHODS if method.partition(":")[0] not in refused]
+    for method in refused:
+        assert f"{method} is left out: pruning_method '{method}' looks at the attention in the vision tower" in said
+    before = model.config.pruning_method
+    with pytest.raises(ValueError, match="tower of type 'pixtral'"), accuracy.configured(model, Configuration("scope", 0.5)):
+        pass
+    assert model.config.pruning_method == before
+
+
+def test_a_model_that_wants_the_sizes_of_its_images_is_asked():
+    family = FAMILIES["mistral3"]
+    model, processor = (what.from_pretrained(family.checkpoint) for what in (family.pruned_class, family.processor_class))
+    accuracy.RememberedFeatures(model)
+    result = accuracy.evaluate(model.eval(), processor, collect_questions(1)[:2], Configuration("random", 0.5), 2)
+    assert result["num_kept"] == pytest.approx(result["num_visual"] / 2, abs=1)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, monkeypatch, capsys):

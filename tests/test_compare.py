@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the benchmarks are scripts in a folder of their own, which has to be on the path first
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare
-from compare import Comparison, difference, matched_budget, parse_method, planned_tokens, rows_of
+from compare import Comparison, cell_name, difference, matched_budget, matrix, parse_method, planned_tokens, rows_of, shown
 from geometries import DecoderSizes, LayerSizes
+from measurement import table
 
 from benchmarks import accuracy
 from vlmpruner.pruning_methods import METHODS
@@ -23,6 +25,18 @@ from vlmpruner.pruning_methods import METHODS
 
 LAYER = LayerSizes(hidden=2, intermediate=3, query=2, key_value=2)
 SIZES = DecoderSizes(hidden=2, vocabulary=7, layers=(LAYER,) * 6)
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = (ROOT / "docs" / "compare.md").read_text()
+INTERVAL = r"[-+]?[0-9.]+ \[[^]]+\]"
+COSTS = ("method", "tokens", "KV MB", "FLOPs", "7B", "selection ms", "prefill ms")  # columns of the page's table
+
+
+def committed() -> tuple[dict, list[str]]:
+    """What was measured, and the methods in the order in which they were."""
+    content = json.loads((RESULTS / "compare.json").read_text())
+    return content, list(dict.fromkeys(name.split(" ")[2] for name in content["results"] if not name.endswith(" unpruned")))
 
 
 def method(name: str, num_layers: int = 6):
@@ -76,6 +90,55 @@ def test_a_difference_is_paired():
     assert difference(worse, worse, unpruned) == (0, 0, 0)
     middle, low, high = difference(worse, unpruned, unpruned)
     assert middle == pytest.approx(-25) and low < middle < high <= 0
+
+
+def test_a_table_of_a_run_that_has_not_ended_shows_what_there_is():
+    right = {"read": "1111111111", "count": "1111100000"}
+    cell = {"right": right, "large_flops": 0.5, "mean_tokens": 64, "kv_bytes": 1e6, "flops": 0.5}
+    names = [
+        "test unpruned",
+        "crowded_test unpruned",
+        "test 64 btp",
+        "crowded_test 64 btp",
+        "crowded_test 64 saint",
+        "test 8 btp",
+    ]
+    content = {
+        "results": dict.fromkeys(names, cell),
+        "times": {},
+        "about": {"splits": ["test", "crowded_test"], "tokens": [64, 8]},
+    }
+    content["results"]["crowded_test 64 saint"] = cell | {"large_flops": None}
+    rows = rows_of(content, ["btp", "saint", "random"], "btp")
+    assert [(row["budget"], row["method"]) for row in rows] == [("all", "unpruned"), (64, "btp"), (64, "saint (own number)")]
+    assert [row["test [95 %]"] for row in rows] == [*["100.0 [100.0, 100.0]"] * 2, "-"]
+    assert matrix(content, ["btp", "random"], "crowded_test") == [{"crowded_test": "btp", "64 tokens": "100.0 [100.0, 100.0]"}]
+    assert compare.per_type(content, "test") == 10
+
+
+def test_the_committed_tables_are_of_the_committed_numbers(tmp_path):
+    content, specs = committed()
+    assert set(specs) == set(accuracy.METHODS)
+    assert compare.write_report(content, specs, "vlm_pruner", tmp_path / "compare.json") == (RESULTS / "compare.md").read_text()
+
+
+def test_the_page_has_the_committed_numbers():
+    """Its tables are made of them, and it quotes no other intervals."""
+    content, specs = committed()
+    rows = rows_of(content, specs, "vlm_pruner")
+    costs = [{name: row[name] for name in COSTS} for row in rows if row["budget"] in ("all", 64)]
+    for part in (*(matrix(content, specs, split) for split in content["about"]["splits"]), costs):
+        assert table(part) in DOCS
+    measured = DOCS.partition("## What was measured")[2].partition("## Presets that were looked for")[0]
+    quoted = set(re.findall(INTERVAL, measured))
+    known = set(re.findall(INTERVAL, (RESULTS / "compare.md").read_text()))
+    results = content["results"]
+    pruned = [name.split(" ") for name in results if not name.endswith(" unpruned")]
+    for split, num_keep, spec in pruned:  # and the differences to either preset
+        for preset in ("vlm_pruner", "vlm_pruner:fine"):
+            names = (cell_name(split, spec, num_keep), cell_name(split, preset, num_keep), cell_name(split, "", None))
+            known.add(shown(difference(*(results[name]["right"] for name in names)), "+"))
+    assert len(quoted) > 60 and quoted <= known, quoted - known
 
 
 @pytest.fixture(scope="module")

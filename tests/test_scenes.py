@@ -37,6 +37,8 @@ HARD_DRAWN_WITH = DRAWN_WITH | {"scikit-image": "0.26.0"}
 HARD_HASHES = [
     "0f1e4b011178", "44239ef07e3c", "45b62b83cbf1", "deb79c93ae0c", "33098cc34b8a",
     "a7396f07ad57", "c032ebb19186", "99fa2a6c69b8", "1875adb1b30f", "73a95a6c673b",
+    "b1679933745a", "2050ed5c8df9", "16bb75622cae", "950fac62ea9f", "5c7226a3fe64",
+    "105c0e38618e", "a4ad051ddb03", "c741c63c593d", "56f98fc5345e", "4cae5b3ddc6e",
 ]  # fmt: skip
 
 
@@ -81,7 +83,7 @@ def test_every_type_is_asked_and_yes_is_as_likely_as_no():
         assert abs(answers["yes"] / counts[kind] - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("split", ["test", "hard_test"])
+@pytest.mark.parametrize("split", ["test", "hard_test", "crowded_test"])
 @pytest.mark.parametrize("seed", range(40))
 def test_answers_follow_from_the_layout(seed, split):
     scene = make_scene(split, seed)
@@ -108,9 +110,10 @@ def test_answers_follow_from_the_layout(seed, split):
             assert [sign.text for sign in scene.signs if sign.color == words[-2]] == [question.answer]
 
 
+@pytest.mark.parametrize("split", ["train", "crowded_test"])
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_overlaps_or_leaves_the_picture(seed):
-    scene = make_scene("train", seed)
+def test_nothing_overlaps_or_leaves_the_picture(seed, split):
+    scene = make_scene(split, seed)
     boxes = [shape.box for shape in scene.shapes] + [sign.box for sign in scene.signs]
     filled = np.zeros((scene.size, scene.size), dtype=int)
     for left, top, right, bottom in boxes:
@@ -149,13 +152,15 @@ def test_bad_arguments_are_named(arguments, message):
 # Hard scenes
 
 
-def test_hard_scenes_are_crowded_and_small_and_repeat_colors():
-    plain, hard = ([make_scene(split, seed) for seed in range(300)] for split in ("test", "hard_test"))
+@pytest.mark.parametrize(("easier", "split"), [("test", "hard_test"), ("hard_test", "crowded_test")])
+def test_hard_scenes_hold_more_and_smaller_things_and_repeat_colors(easier, split):
+    plain, hard = ([make_scene(name, seed) for seed in range(300)] for name in (easier, split))
     most = max(len(scene.shapes) for scene in plain)
     assert np.mean([len(scene.shapes) > most for scene in hard]) > 0.5
-    assert max(sign.font_size for scene in hard for sign in scene.signs) < np.mean(
-        [sign.font_size for scene in plain for sign in scene.signs]
-    )
+    sizes = [np.mean([shape.size for scene in found for shape in scene.shapes]) for found in (plain, hard)]
+    assert sizes[1] < 0.9 * sizes[0]
+    sizes = [np.mean([sign.font_size for scene in found for sign in scene.signs]) for found in (plain, hard)]
+    assert sizes[1] < 0.95 * sizes[0]
     colors = [[sign.color for sign in scene.signs] for scene in hard]
     assert np.mean([len(set(of_scene)) < len(of_scene) for of_scene in colors]) > 0.3
     # What is asked for by its color is alone in it.
@@ -165,15 +170,21 @@ def test_hard_scenes_are_crowded_and_small_and_repeat_colors():
         assert [sign.color for sign in scene.signs].count(item.text.rstrip("?").split()[-2]) == 1
 
 
-def test_hard_splits_share_no_words_and_no_photographs_with_each_other_or_with_training():
-    texts = {
-        split: {sign.text for seed in range(400) for sign in make_scene(split, seed).signs} for split in ("train", *HARD_SPLITS)
-    }
-    words = {split: {text for text in found if text.isalpha()} for split, found in texts.items()}
+def test_what_is_for_choosing_shares_no_scenes_words_and_photographs_with_what_is_for_measuring_or_training():
+    found = {split: [make_scene(split, seed) for seed in range(400)] for split in ("train", *HARD_SPLITS)}
+    texts = {split: {sign.text for scene in of_split for sign in scene.signs} for split, of_split in found.items()}
+    words = {split: {text for text in of_split if text.isalpha()} for split, of_split in texts.items()}
     assert min(map(len, words.values())) > 30
-    assert not words["hard_development"] & words["hard_test"]
-    assert not texts["train"] & (texts["hard_development"] | texts["hard_test"])
-    assert not set(scenes.PHOTOGRAPHS["hard_development"]) & set(scenes.PHOTOGRAPHS["hard_test"])
+    for split in HARD_SPLITS:
+        assert not texts["train"] & texts[split]
+    for choosing in ("hard_development", "crowded_development"):
+        for measuring in ("hard_test", "crowded_test"):
+            assert not words[choosing] & words[measuring]
+            assert not set(scenes.PHOTOGRAPHS[choosing]) & set(scenes.PHOTOGRAPHS[measuring])
+    for one in HARD_SPLITS:
+        for other in set(HARD_SPLITS) - {one}:
+            layouts = [{(scene.shapes, scene.signs) for scene in found[split]} for split in (one, other)]
+            assert not layouts[0] & layouts[1]
 
 
 def is_on_photograph(scene) -> bool:
@@ -184,8 +195,9 @@ def is_on_photograph(scene) -> bool:
     return bool(asked)
 
 
-def test_half_of_the_hard_scenes_lie_on_photographs_and_say_what_they_need(monkeypatch):
-    found = [make_scene("hard_test", seed) for seed in range(30)]
+@pytest.mark.parametrize("split", ["hard_test", "crowded_test"])
+def test_half_of_the_hard_scenes_lie_on_photographs_and_say_what_they_need(monkeypatch, split):
+    found = [make_scene(split, seed) for seed in range(30)]
     on_photographs = [scene for scene in found if is_on_photograph(scene)]
     assert 8 <= len(on_photographs) <= 22
     scenes._photograph_file.cache_clear()
