@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.vllm_plugin.serving import (
     BLOCK,
+    assert_kept_alike,
     engine,
     generated,
     greedy,
@@ -96,16 +97,19 @@ def test_a_hundred_mixes_with_preemption_and_aborts_are_as_alone(llm, free_block
     assert set(range(100)) - set(done) <= set(aborted)
     finished = [number for number in done if done[number].outputs[0].finish_reason == "length"]
     assert len(finished) >= 100 - len(aborted)
+    kept_alone, kept_elsewhere = {}, {}
     for number in finished[::3]:
         alone = llm.generate(prompts[number], params[number], use_tqdm=False)[0]
         assert alone.outputs[0].token_ids == done[number].outputs[0].token_ids
-        assert kept_of(alone) == kept_of(done[number])
+        kept_alone[number] = kept_of(alone)
     for number in finished[::7]:
         images, text, ratio = chosen[number]
         tokens, kept = generated(model, processor, images, prompt_text(processor, len(images), text), pruning_ratio=ratio)
         answer = [token for token in tokens if token != processor.tokenizer.eos_token_id]
         assert list(done[number].outputs[0].token_ids)[: len(answer)] == answer
-        assert kept_of(done[number]) == kept
+        kept_elsewhere[number] = kept
+    for kept in (kept_alone, kept_elsewhere):
+        assert_kept_alike([kept_of(done[number]) for number in kept], list(kept.values()))
 
 
 def test_text_may_be_cut_before_and_after_a_picture_and_a_picture_not(llm, free_blocks):
@@ -120,7 +124,8 @@ def test_text_may_be_cut_before_and_after_a_picture_and_a_picture_not(llm, free_
         scheduler.max_num_scheduled_tokens = 600
         cut = llm.generate(vllm_prompt([image], text), greedy(**arguments(None)), use_tqdm=False)[0]
         scheduler.max_num_scheduled_tokens = limit
-        assert cut.outputs[0].token_ids == whole.outputs[0].token_ids and kept_of(cut) == kept_of(whole)
+        assert cut.outputs[0].token_ids == whole.outputs[0].token_ids
+        assert_kept_alike([kept_of(cut)], [kept_of(whole)])
 
 
 def test_a_request_that_waits_at_its_picture_is_not_cut_there(llm, free_blocks):
@@ -134,7 +139,8 @@ def test_a_request_that_waits_at_its_picture_is_not_cut_there(llm, free_blocks):
     done = run(llm, [(prompt, greedy(**arguments(None))) for prompt in prompts])
     scheduler.max_num_scheduled_tokens = limit
     for number, output in enumerate(alone):
-        assert done[number].outputs[0].token_ids == output.outputs[0].token_ids and kept_of(done[number]) == kept_of(output)
+        assert done[number].outputs[0].token_ids == output.outputs[0].token_ids
+        assert_kept_alike([kept_of(done[number])], [kept_of(output)])
 
 
 def test_one_picture_in_several_requests_at_several_ratios(llm, free_blocks):
@@ -145,7 +151,8 @@ def test_one_picture_in_several_requests_at_several_ratios(llm, free_blocks):
     done = run(llm, [(vllm_prompt([image], text), greedy(**arguments(ratio))) for ratio in RATIOS])
     for number, ratio in enumerate(RATIOS):
         tokens, kept = generated(model, processor, [image], text, pruning_ratio=ratio)
-        assert list(done[number].outputs[0].token_ids) == tokens and kept_of(done[number]) == kept
+        assert list(done[number].outputs[0].token_ids) == tokens
+        assert_kept_alike([kept_of(done[number])], [kept])
 
 
 def test_a_prompt_that_ends_with_a_picture_keeps_its_last_token(llm, free_blocks):
