@@ -454,8 +454,8 @@ def test_a_row_of_the_serving_table_by_hand():
 
 
 METRICS = """# HELP vllm:kv_cache_usage_perc KV-cache usage.
-vllm:kv_cache_usage_perc{engine="0",model_name="/tmp/repo"} 0.245
-vllm:num_preemptions_total{engine="0",model_name="/tmp/repo"} 3.0
+vllm:kv_cache_usage_perc{engine="0",model_name="repo"} 0.245
+vllm:num_preemptions_total{engine="0",model_name="repo"} 3.0
 vllm:cache_config_info{block_size="128",enable_prefix_caching="False",num_gpu_blocks="588"} 1.0
 """
 
