@@ -84,8 +84,8 @@ _PHOTOGRAPHS = {
 }
 PHOTOGRAPHS = {split: _PHOTOGRAPHS[split.partition("_")[2]] for split in HARD_SPLITS}
 # Contrast of a photograph, of 1. With it and `HARD` the model at the root, unpruned, answers 83 % of 20 questions of each type
-# of hard_development (88 % at 0.35); with `CROWDED` 76 % of those of crowded_development. Each was chosen before a pruned model was
-# asked about its scenes.
+# of hard_development (88 % at 0.35); with `CROWDED` 76 % of those of crowded_development. Each was chosen before a pruned model
+# was asked about its scenes.
 BUSY = 0.6
 
 
