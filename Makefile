@@ -4,10 +4,10 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # One thread for each process: the models of the tests are small, and threads beyond the cores make them many times slower.
-PYTEST := -m pytest -n $(JOBS)
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO PORT
 
@@ -26,10 +26,11 @@ app: .venv-app/.installed ## a page in the browser: ask, see both answers and wh
 test: .venv/.installed ## the tests, with the newest transformers; PYTEST_ARGS= is passed on
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 
-test-oldest: test-5.17 ## the tests that depend on it, with the oldest supported transformers; test-5.22 with that one, and so on
+test-oldest: test-5.17 ## the tests that depend on it, with the oldest supported transformers; test-5.22: some, with that one, and so on
+test-5.17: MARKS := not once
 
 test-5.%: .venv-5.%/.installed
-	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) -m "$(or $(MARKS),(core or between) and not once)" $(PYTEST_ARGS)
 
 test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for the CPU
 	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
@@ -76,10 +77,15 @@ clean: ## remove environments, caches and results
 IS_OURS := import os, sys, vlmpruner; sys.exit(os.path.realpath(list(vlmpruner.__path__)[0]) != os.getcwd())
 $(foreach stamp,$(wildcard .venv/.installed .venv-*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
 
+# What .venv has of torch, some five GB, is linked into the environments made after it, not unpacked again.
+TORCH := functorch torch torch-* torchgen torchvision torchvision-* torchvision.* triton triton-* cuda* nvidia*
+
 COMMA := ,
 define install
 	@echo "Installing into $(@D) (once, about a minute)"
 	@$(PYTHON) -m venv --clear $(@D)
+	@shopt -s nullglob; to=$$(echo "$(CURDIR)/$(@D)"/lib/python3.*/site-packages); from="$${to/"$(@D)"/.venv}"; \
+		if [[ -e .venv/.installed && -d $$from/torch ]]; then cd "$$from"; cp -al $(TORCH) "$$to"; fi
 	@$(@D)/bin/python $(PIP_INSTALL) -e ".[$(1)]" $(2)
 	@touch $@
 endef

@@ -1,4 +1,4 @@
-"""Loads an exported repo the way a user does, and prints what came of it as a last line of JSON. Run by test_export.py with
+"""Loads an exported repo the way a user does, and prints what came of it as a last line of JSON. Run by test_export.py as by
 `python -I load_repo.py REPO EXPECTED PICTURE`, in an empty folder, with an empty cache of custom code."""
 
 import json

@@ -116,12 +116,14 @@ def test_a_table_of_a_run_that_has_not_ended_shows_what_there_is():
     assert compare.per_type(content, "test") == 10
 
 
+@pytest.mark.once
 def test_the_committed_tables_are_of_the_committed_numbers(tmp_path):
     content, specs = committed()
     assert set(specs) == set(accuracy.METHODS)
     assert compare.write_report(content, specs, "vlm_pruner", tmp_path / "compare.json") == (RESULTS / "compare.md").read_text()
 
 
+@pytest.mark.once
 def test_the_page_has_the_committed_numbers():
     """Its tables are made of them, and it quotes no other intervals."""
     content, specs = committed()

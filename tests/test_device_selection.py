@@ -78,6 +78,7 @@ def assert_equal_selections(found, expected, context=None):
     torch.testing.assert_close(found.shares.cpu(), expected.shares, rtol=1e-5, atol=1e-7, msg=str(context))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("block", range(8))
 def test_torch_chooses_what_the_cpu_path_chooses(block):
     """About 2,000 grids, five to a batch."""
@@ -86,6 +87,7 @@ def test_torch_chooses_what_the_cpu_path_chooses(block):
         assert_equal_selections(select_in_torch(*inputs), select_batch(*inputs), f"seed {seed}")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 @pytest.mark.parametrize("fill_budget", [False, True])
 def test_torch_keeps_what_the_authors_keep(path, fill_budget):

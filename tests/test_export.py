@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, picture, spread_weights
+from fresh_python import FreshPython
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -43,22 +44,15 @@ def python(tmp_path_factory):
     picture(1).save(home / "picture.png")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with FreshPython(environment) as fresh:
 
-    def run(script: Path, *arguments, cwd: Path) -> str:
-        process = subprocess.run(
-            [sys.executable, "-I", script, *arguments],
-            cwd=cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stdout + process.stderr
-        return process.stdout
+        def run(script: Path, *arguments, cwd: Path) -> str:
+            done = fresh.run(script, *arguments, cwd=cwd)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
 
-    run.picture = home / "picture.png"
-    return run
+        run.picture = home / "picture.png"
+        yield run
 
 
 @pytest.fixture
@@ -111,6 +105,7 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.between
 def test_loads_everywhere_and_is_the_base_when_unpruned(family, exported, python, tmp_path):
     output = python(TESTS / "load_repo.py", exported, family.checkpoint / "expected.safetensors", python.picture, cwd=tmp_path)
     result = json.loads(output.splitlines()[-1])
@@ -543,6 +538,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_files_are_named_in_one_line(kind, base, tmp_path, command):
     spoil, name = MALFORMED[kind]
@@ -654,6 +650,7 @@ def test_replaces_only_earlier_exports_and_only_when_told(tmp_path):
 STEPS = ["write_small_files", "place_shards", "check_loads", "move_into_place"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("step", STEPS)
 def test_failure_leaves_nothing_half_done(step, error, base, tmp_path, monkeypatch):
@@ -690,6 +687,7 @@ def two_exports(tmp_path_factory):
     return [quietly(LLAVA, folder / str(ratio), pruning_ratio=ratio) for ratio in (0.5, 0.25)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("function", ["rename", "identity", "check_replaceable"])
 @pytest.mark.parametrize("call", range(3))
 def test_failure_while_replacing_keeps_the_earlier_export(function, call, renaming, two_exports, tmp_path, monkeypatch):
@@ -761,6 +759,7 @@ def during_the_export(monkeypatch, action):
     monkeypatch.setattr(export, "move_into_place", lambda *arguments: (action(), move(*arguments)))
 
 
+@pytest.mark.once
 def test_files_that_appear_during_an_export_stay(renaming, tmp_path, monkeypatch):
     new, old = tmp_path / "new", quietly(LLAVA, tmp_path / "old", pruning_ratio=0.5)
     new.mkdir()
@@ -774,6 +773,7 @@ def test_files_that_appear_during_an_export_stay(renaming, tmp_path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_exports_at_once_one_wins(force, renaming, tmp_path, monkeypatch):
     output = tmp_path / "out"
@@ -794,6 +794,7 @@ def test_of_two_exports_at_once_one_wins(force, renaming, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "earlier export without one"])
 def test_force_deletes_nothing_that_no_export_wrote(manifest, tmp_path):
     output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)

@@ -124,6 +124,7 @@ def test_a_stock_model_in_the_same_process_is_unchanged(family, one_image):
     torch.testing.assert_close(step_logits(generate(load_stock(family), one_image)), step_logits(before), **EXACT)
 
 
+@pytest.mark.between
 def test_no_name_that_the_library_deprecates_is_used(family, one_image, monkeypatch):
     """transformers 5.24 calls a cache `cache`, and warns where it comes or is asked for as `past_key_values`."""
 
@@ -433,6 +434,7 @@ def test_static_cache_equals_dynamic_cache(family, rows):
     torch.testing.assert_close(step_logits(static), step_logits(generate(model, inputs)), **CLOSE)
 
 
+@pytest.mark.between
 def test_compiled_decoding_is_one_graph_for_all_steps_and_requests(family, rows):
     """The library compiles decoding with a static cache; `backend="eager"` traces and guards without a compiler."""
     model = load_pruned(family)
@@ -544,6 +546,7 @@ def test_sampling_with_a_seed_repeats_itself(family, one_image):
     assert torch.equal(*samples)
 
 
+@pytest.mark.between
 def test_beam_search_equals_beam_search_without_cache(family, rows):
     model = load_pruned(family)
     inputs = make_inputs(family, rows[1:])
@@ -566,6 +569,7 @@ def test_one_beam_of_many_is_no_other_request(family, rows):
     ]
 
 
+@pytest.mark.between
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
 def test_speculative_decoding_equals_greedy(family, one_image, mode, cache):
@@ -804,6 +808,7 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
             model(**one_image)
 
 
+@pytest.mark.between
 def test_ratio_of_a_generation_config(family, one_image, tmp_path):
     """Argument before the call's generation config before the model's before the config; also where it comes by position."""
     model = copy.deepcopy(load_pruned(family))

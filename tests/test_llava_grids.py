@@ -210,6 +210,7 @@ print(len(record), record.num_visual, record.num_kept)
 """
 
 
+@pytest.mark.once
 def test_a_long_video_needs_no_square_of_its_length():
     """64 frames of 196 tokens, as in LLaVA-Video: what pruning adds to the peak of the unpruned forward, in MiB.
 

@@ -305,6 +305,7 @@ def budget(image, settings):
     ("name", "family"),
     [pytest.param(name, family, id=f"{name}-{family.name}") for name in METHODS for family in families_of(name)],
 )
+@pytest.mark.between
 def test_a_forward_equals_one_by_hand(name, family):
     keys = {"pruning_aggregation_weight": 1.0} if name == "vlm_pruner" else {}
     model = load_method(family, name, **keys)

@@ -316,6 +316,7 @@ WAYS = {
 }
 
 
+@pytest.mark.between
 @pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("by_template", [False, True])

@@ -294,6 +294,7 @@ def server_of_any(tmp_path_factory):
         yield running
 
 
+@pytest.mark.between
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_family_is_served(server_of_any, family, tmp_path_factory):
     """Where continuous batching is asked for, too: no picture is dropped without a word, since the server does not use it."""
