@@ -33,7 +33,8 @@ test-5.%: .venv-5.%/.installed
 	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) -m "$(or $(MARKS),(core or between) and not once)" $(PYTEST_ARGS)
 
 test-vllm: .venv-vllm/.installed ## the tests of the vLLM plugin, with vLLM for the CPU
-	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/.venv-vllm/cache .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm_plugin \
+		$(PYTEST_ARGS)
 
 test-app: .venv-app/.installed ## the tests of app.py, in a headless Chromium where there is one
 	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app $(PYTEST_ARGS)
