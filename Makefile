@@ -83,7 +83,7 @@ TORCH := functorch torch torch-* torchgen torchvision torchvision-* torchvision.
 
 COMMA := ,
 define install
-	@echo "Installing into $(@D) (once, about a minute)"
+	@echo "Installing into $(@D) (once, one to four minutes)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@shopt -s nullglob; to=$$(echo "$(CURDIR)/$(@D)"/lib/python3.*/site-packages); from="$${to/"$(@D)"/.venv}"; \
 		if [[ -e .venv/.installed && -d $$from/torch ]]; then cd "$$from"; cp -al $(TORCH) "$$to"; fi

@@ -68,6 +68,7 @@ def test_demo_on_a_base_checkpoint(demo, tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["demo_output", "mine.jpg"]
 
 
+@pytest.mark.once
 def test_demo_without_arguments(demo, tmp_path):
     """The model at the root reads a sign of a scene that it was not trained on, unpruned and with 64 of 576 tokens."""
     scene = make_scene("test", SCENE_SEED)

@@ -24,6 +24,7 @@ from vlmpruner.export import export_model, main
 
 TESTS = Path(__file__).parent
 LLAVA = FAMILIES["llava"].checkpoint
+OWN_CODE = [family for family in FAMILIES.values() if not family.like]
 SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -136,7 +137,8 @@ def test_loads_everywhere_and_is_the_base_when_unpruned(family, exported, python
 
 
 @pytest.mark.once
-def test_snippets_of_the_card_run(exported, python, tmp_path):
+@pytest.mark.parametrize("family", OWN_CODE, ids=lambda family: family.name, indirect=True)
+def test_snippets_of_the_card_run(family, exported, python, tmp_path):
     code = "\n".join(snippets(exported))
     address = re.search(r"https://\S+\.JPG", code).group()
     script = tmp_path / "snippets.py"

@@ -102,7 +102,7 @@ def test_pruning_costs_what_was_measured(root, questions):
 @pytest.mark.once
 def test_random_tokens_fall_below_the_margin(root, questions):
     """What makes the test above able to fail: tokens chosen badly."""
-    assert score(root, questions, pruning_method="random") < PRUNED - MARGIN
+    assert score(root, questions[:100], pruning_method="random") < PRUNED - MARGIN
 
 
 @pytest.mark.once
@@ -124,7 +124,7 @@ def test_wrong_positions_fall_below_the_margin(root, questions, monkeypatch, fau
         return packed
 
     monkeypatch.setattr(plan, "_enter", faulty)
-    assert score(root, questions) < PRUNED - MARGIN
+    assert score(root, questions[:100]) < PRUNED - MARGIN
 
 
 @pytest.mark.between

@@ -179,6 +179,7 @@ def test_answers_are_those_of_generate(server, root):
         assert (server.ask(asked, max_tokens=12), server.stream(asked, max_tokens=12)) == (answer, answer)
 
 
+@pytest.mark.once
 def test_requests_do_not_meet(server):
     """Eight pictures at once, half of them as streams: each answer is the one it gets alone."""
     asked = about_signs(8)

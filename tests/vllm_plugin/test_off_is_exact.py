@@ -40,7 +40,7 @@ def log_probabilities(llm, with_pictures: bool, **arguments):
     _, processor = reference()
     prompts = [
         vllm_prompt([image] if with_pictures else [], prompt_text(processor, int(with_pictures), text))
-        for image, text in questions(12)
+        for image, text in questions(4)
     ]
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=5, prompt_logprobs=5, extra_args=arguments or None)
     outputs = llm.generate(prompts, params, use_tqdm=False)
