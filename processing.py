@@ -762,39 +762,28 @@ class GlobalViewDrawMixin(TilesDrawMixin):
     def tile_length(self):
         return self.image_seq_len
 
-    @property
-    def global_view_id(self) -> int:
-        """The tag in front of a global view's tokens."""
-        raise NotImplementedError
-
     def tiles(self, inputs):
         tiles, mask = inputs["pixel_values"].flatten(0, 1), inputs.get("pixel_attention_mask")
         return tiles if mask is None else tiles[mask.flatten(0, 1).flatten(1).any(1)]
 
     def tiles_of_images(self, input_ids):
+        """An image ends with its global view: a tile behind the tag that the last tile of all has. The last two tokens in
+        front of a tile tell tags apart, whether the tokenizer makes one token of a tag or several."""
+        runs = [(row[max(place - 2, 0) : place], count) for row in input_ids for place, count in self.runs(row)]
         counts = [0]
-        for row in input_ids:
-            for place, count in self.runs(row):
-                counts[-1] += count
-                if place > 0 and row[place - 1] == self.global_view_id:
-                    counts.append(0)
-        return counts if counts[-1] else counts[:-1]
+        for tag, count in runs:
+            counts[-1] += count
+            if tag == runs[-1][0]:
+                counts.append(0)
+        return counts[:-1]
 
 
 class VLMPrunerIdefics3Processor(GlobalViewDrawMixin, Idefics3Processor):
     """The processor of Idefics3 with `draw_kept_tokens`."""
 
-    @property
-    def global_view_id(self):
-        return self.global_image_token_id
-
 
 class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
     """The processor of SmolVLM with `draw_kept_tokens`."""
-
-    @property
-    def global_view_id(self):
-        return self.tokenizer.convert_tokens_to_ids(self.global_image_token)
 
     def read_videos(self, videos, options):
         inputs = super().read_videos(videos, options)
