@@ -699,14 +699,19 @@ class TilesDrawMixin(DrawMixin):
         return inputs | {"num_tiles": [len(self.tiles(inputs))]}  # of one image
 
     def image_views(self, inputs, settings):
-        tiles, side = self.tiles(inputs), isqrt(self.tile_length)
+        tiles = self.tiles(inputs)
         counts = inputs["num_tiles"] if "num_tiles" in inputs else self.tiles_of_images(inputs["input_ids"].tolist())
         if sum(counts) != len(tiles):
             raise ValueError(
                 f"The inputs have {len(tiles)} tiles in pixel_values, but placeholders of {sum(counts)} in input_ids."
             )
-        views = iter([(tile, (side, side)) for tile in tiles])
+        views = map(self.view_of_tile, tiles)
         return [list(islice(views, count)) for count in counts]
+
+    def view_of_tile(self, tile: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The part of a tile [3, side, side] that its tokens cover, and their grid."""
+        grid = (isqrt(self.tile_length),) * 2
+        return whole_patches(tile, grid), grid
 
     def runs(self, row: list[int]) -> list[tuple[int, int]]:
         """(first place, number of tiles) of each run of placeholders in the ids of a row."""
@@ -749,8 +754,7 @@ class VLMPrunerInternVLProcessor(TilesDrawMixin, InternVLProcessor):
         return [count for row in input_ids for _, count in self.runs(row)]
 
     def video_slices(self, inputs, settings):
-        side = isqrt(self.tile_length)
-        return [[(frame, (side, side)) for frame in video] for video in inputs["pixel_values_videos"]]
+        return [list(map(self.view_of_tile, video)) for video in inputs["pixel_values_videos"]]
 
 
 class GlobalViewDrawMixin(TilesDrawMixin):
@@ -790,10 +794,10 @@ class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
         return {"pixel_values_videos": inputs["pixel_values"], "pixel_attention_mask": inputs.get("pixel_attention_mask")}
 
     def video_slices(self, inputs, settings):
-        side, videos, masks = isqrt(self.tile_length), inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
+        videos, masks = inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
         if masks is not None:
             videos = [video[mask.flatten(1).any(1)] for video, mask in zip(videos, masks, strict=True)]
-        return [[(frame, (side, side)) for frame in video] for video in videos]
+        return [list(map(self.view_of_tile, video)) for video in videos]
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]
