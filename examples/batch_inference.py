@@ -136,7 +136,7 @@ def answered_before(output: Path, asked: dict, retry_errors: bool) -> set[str]:
             line = None
         if line is None and number == len(lines):
             break
-        if not isinstance(line, dict) or "path" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get("path"), str):
             raise ValueError(f"{output}, line {number}, is not a line of this program. Give another --output.")
         if different := [name for name in ASKED if line.get(name) != asked[name]]:
             said = ", ".join(f"{name} {line.get(name)!r} instead of {asked[name]!r}" for name in different)
