@@ -45,11 +45,11 @@ from transformers import (
     SmolVLMConfig,
 )
 from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import HF_MODULES_CACHE, logging
 
 from .pruning_method import PruningMethod
 from .pruning_methods import METHODS
+from .stock_lookups import register_model_type
 
 
 logger = logging.get_logger(__name__)
@@ -648,12 +648,7 @@ class VLMPrunerLlavaNextVideoConfig(PruningConfig, LlavaNextVideoConfig):
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.
 CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in PruningConfig.__subclasses__()}
 
-# Where `transformers serve` looks up, before it reads a modeling file, how a model is loaded, and later that it takes images.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
-    {
-        config.model_type: config.auto_map_targets["AutoModelForMultimodalLM"].rpartition(".")[-1]
-        for config in CONFIG_OF_BASE_MODEL.values()
-    }
-)
+for config in CONFIG_OF_BASE_MODEL.values():
+    register_model_type(config)
 
 __all__ = [config.__name__ for config in CONFIG_OF_BASE_MODEL.values()]

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
@@ -32,6 +31,7 @@ from .pruned_cache import (
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
+from .stock_lookups import AskedAsStockMixin, register_model_type, stock_class
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
 
@@ -143,22 +143,6 @@ def takes_stock_positions(forward: Callable) -> Callable:
     return named
 
 
-def stock_class(our_class: type) -> type | None:
-    """The class of transformers that one of ours extends; None for a mixin."""
-    return next((each for each in our_class.__mro__ if each.__module__.startswith("transformers.")), None)
-
-
-def register_weight_renaming(our_class: type, *names: str) -> None:
-    """Let checkpoints of the stock class load into ours: the library renames old parameters by class, and skips custom code.
-
-    Args:
-        names: where the library looks up a renaming for the stock class, the first that it knows one for.
-    """
-    renaming = next(filter(None, map(get_checkpoint_conversion_mapping, names)), None)
-    if renaming is not None:
-        register_checkpoint_conversion_mapping(our_class.__name__, renaming, overwrite=True)
-
-
 def refuse_unsupported(attention_mask, kwargs: dict) -> None:
     """Raise a ValueError for a call that no plan can be made for: packed rows, a mask that is not 2-D, `torch.export`."""
     check_mask(attention_mask)
@@ -183,7 +167,34 @@ def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None
             outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
 
 
-class PrunedModelMixin:
+class SavedAndLoadedMixin(AskedAsStockMixin):
+    """Put in front of a stock model, with or without a head: its checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
+                `output_loading_info` asks for the list of them. And what `check_heads` raises.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and not output_loading_info:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
+            )
+        check_heads(model)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
+        stock class reads them under our `model_type` too, for which the library alone renames none."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class PrunedModelMixin(SavedAndLoadedMixin):
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
     A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
@@ -200,9 +211,9 @@ class PrunedModelMixin:
         super().__init_subclass__()
         if stock := stock_class(cls):  # else a mixin of a family
             cls.stock_positions = positional_names(stock.forward)
-            register_weight_renaming(cls, stock.__name__)  # a renaming by model type is applied once, by the generating class
 
     def __init__(self, config):
+        register_model_type(type(config))  # again, for libraries that came after the config class
         config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         prune_decoder(self.get_decoder(), self.decoder_layers)
@@ -440,15 +451,10 @@ class PrunedModelMixin:
         return ()
 
 
-class PrunedForConditionalGenerationMixin:
+class PrunedForConditionalGenerationMixin(SavedAndLoadedMixin):
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
-
-    def __init_subclass__(cls):
-        super().__init_subclass__()
-        if stock := stock_class(cls):
-            register_weight_renaming(cls, stock.__name__, stock.config_class.model_type)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -471,29 +477,15 @@ class PrunedForConditionalGenerationMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """See `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
-                `output_loading_info` asks for the list of them. And what `check_heads` raises.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        if missing and not output_loading_info:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
-            )
-        check_heads(model)
+        """See `SavedAndLoadedMixin.from_pretrained`."""
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=output_loading_info, **kwargs
+        )
+        model = loaded[0] if output_loading_info else loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
             setattr(model.generation_config, name, value)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
-        stock class reads them under our `model_type` too, for which the library renames none."""
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        return loaded
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
