@@ -344,10 +344,9 @@ class PruningPlan:
     def _layers_with_router(self) -> list[int]:
         return [number for number, layer in enumerate(self.decoder.layers) if hasattr(layer.mlp, "gate")]
 
-    def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
-        layer = layer_idx - 1
-        if not 0 <= layer < len(self.deepstack):
+    def add_deepstack(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output of decoder layer `layer` with the visual features added that belong after it."""
+        if layer >= len(self.deepstack):
             return hidden_states
         stage = self.stage_of(layer)
         for mask, features in self.deepstack[layer]:
@@ -837,9 +836,10 @@ class PrunedLayerMixin:
     """Put in front of a decoder layer's class. Without a plan it is the stock layer."""
 
     def __call__(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
-        if pruning_plan is not None:  # here, outside of what gradient checkpointing runs again
-            hidden_states = pruning_plan.add_deepstack(layer_index(self), hidden_states)
-        return super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
+        outputs = super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
+        if pruning_plan is None:
+            return outputs
+        return pruning_plan.add_deepstack(layer_index(self), outputs)  # here, outside of what gradient checkpointing runs again
 
     def forward(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
         if pruning_plan is not None:
