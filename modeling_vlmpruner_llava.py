@@ -250,6 +250,7 @@ class AnyResolutionMixin(PrunedLlavaModelMixin):
 def with_image_sizes(get_image_features: Callable) -> Callable:
     """The stock method, which raises a ValueError where `image_sizes` are missing."""
 
+    @can_return_tuple
     @wraps(get_image_features)
     def checked(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, *args, **kwargs):
         if image_sizes is None:
@@ -258,8 +259,7 @@ def with_image_sizes(get_image_features: Callable) -> Callable:
                 "cut into tiles. Pass what the processor returned for the same images."
             )
         encode = partial(get_image_features, self, pixel_values, image_sizes, *args, **kwargs | {"return_dict": True})
-        outputs = self.with_tower_signals(encode, args[0] if args else kwargs.get("vision_feature_layer"))
-        return outputs if kwargs.get("return_dict", True) else outputs.to_tuple()
+        return self.with_tower_signals(encode, args[0] if args else kwargs.get("vision_feature_layer"))
 
     return checked
 
@@ -275,14 +275,14 @@ class VLMPrunerLlavaNextModel(AnyResolutionMixin, LlavaNextModel):
 def with_newlines(get_video_features: Callable) -> Callable:
     """The stock method, with newlines where the config has them."""
 
+    @can_return_tuple
     @wraps(get_video_features)
     def laid_out(self, *args, **kwargs):
-        if self.config.newline_position == "one_token":
-            return get_video_features(self, *args, **kwargs)
         outputs = get_video_features(self, *args, **kwargs | {"return_dict": True})
-        pixels = args[0] if args else kwargs.get("pixel_values_videos", kwargs.get("pixel_values"))
-        outputs.pooler_output = self._with_newlines(outputs.pooler_output, frames=pixels.shape[1])
-        return outputs if kwargs.get("return_dict", True) else outputs.to_tuple()
+        if self.config.newline_position != "one_token":
+            pixels = args[0] if args else kwargs.get("pixel_values_videos", kwargs.get("pixel_values"))
+            outputs.pooler_output = self._with_newlines(outputs.pooler_output, frames=pixels.shape[1])
+        return outputs
 
     return laid_out
 

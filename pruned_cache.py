@@ -489,11 +489,16 @@ class PrunedCacheMixin(FollowingMixin):
         return self.pruning_states[max(self.pruning_states)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        length = super().get_seq_length(layer_idx)
-        if layer_idx == 0 and (stage := self._stage_of(counting_layer(self, 0))) is not None:
-            state = self.pruning_states[stage]
-            length = length + (state.full_length - state.num_entries)
-        return length
+        return super().get_seq_length(layer_idx) + self._dropped_of_first(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As in the stock class, of what the layer holds: masks are made by it."""
+        return super().get_query_offset(layer_idx) - self._dropped_of_first(layer_idx)
+
+    def _dropped_of_first(self, layer_idx: int) -> int:
+        """How many tokens the first layer that counts them does not hold, if it is asked for as layer 0; else 0."""
+        stage = self._stage_of(counting_layer(self, 0)) if layer_idx == 0 else None
+        return 0 if stage is None else self.pruning_states[stage].full_length - self.pruning_states[stage].num_entries
 
     def _stage_of(self, layer_idx: int) -> int | None:
         """The layer of the stage whose tokens layer `layer_idx` holds, None where it holds all."""
@@ -569,16 +574,18 @@ def open_state(cache: Cache, layer: int) -> PrunedCacheState:
 
 
 def counting_layer(cache: Cache | None, layer: int) -> int:
-    """The first cache layer from `layer` on that counts tokens, as one with a recurrent state does not."""
+    """The first cache layer from `layer` on that counts tokens, as one with a recurrent state does not. Where there is none,
+    the last before it; where the cache has no such layer yet, `layer`."""
     layers = () if cache is None else cache.layers
-    for number in range(layer, len(layers)):
-        if isinstance(layers[number], CacheLayerMixin):
-            return number
-    return layer
+    if layer >= len(layers):
+        return layer
+    numbers = (*range(layer, len(layers)), *reversed(range(layer)))
+    return next((number for number in numbers if isinstance(layers[number], CacheLayerMixin)), layer)
 
 
 def mask_layer(cache: Cache | None, layer: int) -> int:
-    """The cache layer whose length masks of a stage at `layer` are made by: that of layer 0 is given as the full one."""
+    """The cache layer whose length masks of a stage at `layer` are made by: not layer 0 where another holds the same, since
+    `get_seq_length` gives that of layer 0 as the full one."""
     return counting_layer(cache, max(layer, 1))
 
 

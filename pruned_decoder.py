@@ -270,8 +270,22 @@ class PruningPlan:
         """The stage whose tokens layer `layer_idx` runs on; None below the first."""
         return next((stage for stage in reversed(self.stages) if stage.layer <= layer_idx), None)
 
-    def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
-        """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
+    def merged_states(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
+        """The vision tower's states of each grid, where a stage at layer `layer_idx` may merge them and gradients go on to the
+        tower; else none. The layer gets them by position: from others re-entrant checkpointing takes no gradient."""
+        stage = self.stage_of(layer_idx) if self.grids and torch.is_grad_enabled() else None
+        if stage is None or stage.layer != layer_idx or not (self.method.has_merge and "tower" in self.method.looks_at):
+            return ()
+        return tuple(grid.tower().states for grid in self.grids)
+
+    def before_layer(
+        self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict, tower_states: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, dict]:
+        """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones.
+
+        Args:
+            tower_states: of `merged_states`.
+        """
         if layer_idx == 0 and self.grids and self.method.counts_are_known:
             for stage in self.stages:
                 counts = self.tokens.counts_of_rows(stage.num_keep)
@@ -279,7 +293,7 @@ class PruningPlan:
         stage = self.stage_of(layer_idx)
         if stage is not None:
             if layer_idx == stage.layer:
-                hidden_states = self._enter(stage, hidden_states, inputs)
+                hidden_states = self._enter(stage, hidden_states, inputs, tower_states)
             inputs = inputs | stage.inputs.on(hidden_states.device)
             if layer_idx == stage.layer and stage.own_mask is not None:
                 inputs["attention_mask"] = stage.own_mask
@@ -344,10 +358,9 @@ class PruningPlan:
     def _layers_with_router(self) -> list[int]:
         return [number for number, layer in enumerate(self.decoder.layers) if hasattr(layer.mlp, "gate")]
 
-    def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
-        layer = layer_idx - 1
-        if not 0 <= layer < len(self.deepstack):
+    def add_deepstack(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output of decoder layer `layer` with the visual features added that belong after it."""
+        if layer >= len(self.deepstack):
             return hidden_states
         stage = self.stage_of(layer)
         for mask, features in self.deepstack[layer]:
@@ -358,7 +371,9 @@ class PruningPlan:
             hidden_states = hidden_states + added
         return hidden_states
 
-    def _enter(self, stage: PruningStage, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+    def _enter(
+        self, stage: PruningStage, hidden_states: torch.Tensor, inputs: dict, tower_states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """The hidden states that go on from a stage, whose `inputs` are made."""
         cache = inputs.get(CACHE_NAME)
         if not self.grids:
@@ -370,12 +385,12 @@ class PruningPlan:
             stage.inputs = LayerInputs({"attention_mask": mask, "position_ids": None} | positions)
             return hidden_states
         if stage.choice is not None:  # gradient checkpointing runs a layer again: same tokens, new graph
-            return self._pack_and_merge(stage.choice, hidden_states)
+            return self._pack_and_merge(stage.choice, hidden_states, tower_states)
         embeddings = (
             inputs["position_embeddings"] if stage.earlier is None else stage.earlier.inputs.values["position_embeddings"]
         )
         choice = stage.choice = self._choose(stage, hidden_states, embeddings, cache)
-        packed = self._pack_and_merge(choice, hidden_states)
+        packed = self._pack_and_merge(choice, hidden_states, tower_states)
         if self.settings.positions == "packed":
             embeddings = self._packed_positions(stage, cache, packed, inputs)
         else:
@@ -429,14 +444,22 @@ class PruningPlan:
         whole_packing = packing if stage.earlier is None else packing.following(stage.earlier.choice.whole_packing)
         return StageChoice(tokens, view, selection, packing, whole_packing)
 
-    def _pack_and_merge(self, choice: StageChoice, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _pack_and_merge(
+        self, choice: StageChoice, hidden_states: torch.Tensor, tower_states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         packed = choice.packing.pack(hidden_states)
         if choice.packing.merged_places is None:
             return packed
         # A gradient belongs to this run of the layer.
         states = choice.tokens.take(hidden_states) if torch.is_grad_enabled() else choice.view.hidden_states
-        merged = self.method.merge(states, choice.selection, choice.view)
+        merged = self.method.merge(states, choice.selection, self._with_tower_states(choice.view, tower_states))
         return packed.index_put_(choice.packing.merged_places, merged)
+
+    def _with_tower_states(self, view: StageTokens, tower_states: Sequence[torch.Tensor]) -> StageTokens:
+        if not tower_states:
+            return view
+        signal = {"tower": lambda image: replace(self.grids[image].tower(), states=tower_states[image])}
+        return replace(view, signals=view.signals | signal)
 
     def _make_mask(self, layer: int, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> StageMask:
         """The mask of the layers from `layer` on, whose rows will hold `counts` tokens of this call."""
@@ -837,14 +860,18 @@ class PrunedLayerMixin:
     """Put in front of a decoder layer's class. Without a plan it is the stock layer."""
 
     def __call__(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
-        if pruning_plan is not None:  # here, outside of what gradient checkpointing runs again
-            hidden_states = pruning_plan.add_deepstack(layer_index(self), hidden_states)
-        return super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
+        if pruning_plan is None:
+            return super().__call__(hidden_states, *args, **kwargs)
+        states = pruning_plan.merged_states(layer_index(self))
+        hidden_states = super().__call__(hidden_states, *states, *args, pruning_plan=pruning_plan, **kwargs)
+        # Here, outside of what gradient checkpointing runs again.
+        return pruning_plan.add_deepstack(layer_index(self), hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
-        if pruning_plan is not None:
-            hidden_states, kwargs = pruning_plan.before_layer(layer_index(self), hidden_states, kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
+        if pruning_plan is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden_states, kwargs = pruning_plan.before_layer(layer_index(self), hidden_states, kwargs, args)
+        return super().forward(hidden_states, **kwargs)
 
 
 def layer_index(layer: nn.Module) -> int:

@@ -132,12 +132,15 @@ def explained_to_later_turns(cache: Cache | None) -> Iterator[None]:
 
 
 def takes_stock_positions(forward: Callable) -> Callable:
-    """Let the `forward` of `PrunedModelMixin` take arguments by position in the order of the stock class's."""
+    """Let the `forward` of `PrunedModelMixin` take arguments by position in the order of the stock class's, and give a
+    generating class outputs with names, also where the config says `return_dict=False`."""
 
     @wraps(forward)
     def named(self, *args, **kwargs):
         if args:
             kwargs = named_arguments(self.stock_positions, args, kwargs)
+        if kwargs.get("pruning_request") is not None:
+            kwargs["return_dict"] = True
         return forward(self, **kwargs)
 
     return named
