@@ -150,7 +150,7 @@ class PruningConfig(method_keys()):
             raise ValueError(f"Unknown config key {', '.join(unknown)}. The keys that start with `pruning_` are {known}.")
         super().__post_init__(**kwargs)
         if self.pruning_layer is None:
-            self.pruning_layer = next(iter(layers_above_keys(self.get_text_config(decoder=True))), 1)
+            self.pruning_layer = first_layer_above_keys(self.get_text_config(decoder=True))
         self.auto_map = dict(self.auto_map_targets)
         self.validate_pruning()
 
@@ -371,10 +371,10 @@ def layer_types_of(text_config) -> list[str]:
     return list(layer_types)
 
 
-def layers_above_keys(text_config) -> list[int]:
-    """The decoder layers, from 1 on, whose layer below has keys."""
+def first_layer_above_keys(text_config) -> int:
+    """The first decoder layer, from 1 on, whose layer below has keys. 1 where there is none, which pruning then refuses."""
     layer_types = layer_types_of(text_config)
-    return [layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"]
+    return next((layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"), 1)
 
 
 def is_count(value) -> bool:

@@ -45,6 +45,7 @@ from .pruned_cache import (
 from .pruning_method import StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
+from .stock_lookups import undecorated
 from .tensor_parallel import all_heads
 from .token_pruning import Selection
 from .token_pruning_device import upload
@@ -880,9 +881,16 @@ def layer_index(layer: nn.Module) -> int:
 
 
 def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> None:
-    """Let the layers of this decoder follow a plan. Weights and their names stay as they are.
+    """Let the layers of this decoder follow a plan. Weights and their names stay as they are. See `pruned_layer_classes`."""
+    for module, pruned_class in pruned_layer_classes(decoder, layer_classes).items():
+        module.__class__ = pruned_class
+
+
+def pruned_layer_classes(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> dict[nn.Module, type]:
+    """Which modules of a decoder follow a plan, and the class that each needs for that.
 
     Args:
+        decoder: its layers may be wrapped, each in a module of its own, as for activation checkpointing.
         layer_classes: each a subclass, by `PrunedLayerMixin` in front, of a layer class whose layers hand keywords on, and
             whose attention calls `update` of the cache once with keys after RoPE. A subclass has the name of its stock class,
             by which FSDP and `device_map` look for layers. One of a hybrid decoder names in `linear_attention_class` the class
@@ -891,13 +899,16 @@ def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) 
     Raises:
         ValueError: for a decoder of other layers.
     """
-    pruned_class_of = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}
-    for layer in decoder.layers:
-        if type(layer) not in pruned_class_of:
+    pruned_class_of, found = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}, {}
+    for number, wrapped in enumerate(decoder.layers):
+        layer = next((each for each in wrapped.modules() if undecorated(type(each)) in pruned_class_of), None)
+        if layer is None:
             supported = ", ".join(stock_class.__module__.split(".")[-2] for stock_class in pruned_class_of)
             raise ValueError(
-                f"Language models of type {decoder.config.model_type!r} are not supported. Supported: {supported}."
+                f"Language models of type {decoder.config.model_type!r} are not supported: decoder layer {number} is a "
+                f"{type(wrapped).__name__}. Supported: {supported}."
             )
-        layer.__class__ = pruned_class_of[type(layer)]
+        found[layer] = pruned_class_of[undecorated(type(layer))]
         if hasattr(layer, "linear_attn"):
-            layer.linear_attn.__class__ = layer.linear_attention_class
+            found[layer.linear_attn] = found[layer].linear_attention_class
+    return found

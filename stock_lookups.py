@@ -57,6 +57,12 @@ def stock_class(our_class: type) -> type | None:
     return next((each for each in our_class.__mro__ if each.__module__.startswith("transformers.")), None)
 
 
+def undecorated(some_class: type) -> type:
+    """A class without the mixin that FSDP2, or other code of torch.distributed, puts in front of the class of one module."""
+    bases = some_class.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.") else some_class
+
+
 def register_model_type(config_class: type) -> None:
     """Let the tables of all libraries that are imported have the base's entries for `config_class`, one of ours, too."""
     own, base = config_class.model_type, config_class.base_model_type
