@@ -6,6 +6,7 @@ as by the stock class; a later turn may bring the other. What experts add, their
 and loss, is in `pruned_model.py`.
 """
 
+import torch
 from torch import nn
 from transformers import (
     Glm4vForConditionalGeneration,
@@ -29,7 +30,11 @@ class Glm4vTextDecoderLayer(PrunedLayerMixin, modeling_glm4v.Glm4vTextDecoderLay
 
 
 class Glm4vMoeTextDecoderLayer(PrunedLayerMixin, modeling_glm4v_moe.Glm4vMoeTextDecoderLayer):
-    """GLM-4.5V's layer, which follows a plan."""
+    """GLM-4.5V's layer, which follows a plan. It leaves out `position_ids`, which attention does not need: the stock decoder gives
+    it the three axes of M-RoPE, and FlashAttention would take them for three sequences in one row, and read past its end."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, position_ids: torch.LongTensor | None = None, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 class PrunedGlmModelMixin(PrunedQwenModelMixin):
