@@ -30,8 +30,11 @@ class Glm4vTextDecoderLayer(PrunedLayerMixin, modeling_glm4v.Glm4vTextDecoderLay
 
 
 class Glm4vMoeTextDecoderLayer(PrunedLayerMixin, modeling_glm4v_moe.Glm4vMoeTextDecoderLayer):
-    """GLM-4.5V's layer, which follows a plan. It leaves out `position_ids`, which attention does not need: the stock decoder gives
-    it the three axes of M-RoPE, and FlashAttention would take them for three sequences in one row, and read past its end."""
+    """GLM-4.5V's layer, which follows a plan.
+
+    `position_ids` end here. Attention does not need them, and the stock decoder hands on all three axes of M-RoPE.
+    FlashAttention would take the axes of one row for three sequences, and read past its end.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *args, position_ids: torch.LongTensor | None = None, **kwargs):
         return super().forward(hidden_states, *args, **kwargs)

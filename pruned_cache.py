@@ -635,7 +635,7 @@ def stage_mask(config, new: torch.Tensor, padding_mask: torch.Tensor | None, cac
         config, new, padding_mask: see `mask_of_entries`.
 
     Raises:
-        ValueError: where some entries are not to be seen, and the library makes no mask for the decoder's attention.
+        ValueError: what `refuse_without_mask` raises.
     """
     number = mask_layer(cache, layer)
     padding_mask = mask_of_entries(config, new, padding_mask, cache, number)
@@ -652,14 +652,18 @@ def stage_mask(config, new: torch.Tensor, padding_mask: torch.Tensor | None, cac
 
 
 def refuse_without_mask(config, num_new: int, padding_mask: torch.Tensor | None, cache: Cache | None, layer: int) -> None:
-    """Raise a ValueError where attention would see padding, or the empty entries of a cache layer, because the library makes no
-    mask for it."""
+    """Raise a ValueError where the library makes no mask for the decoder's attention, but it would see too much without one."""
     name = config._attn_implementation
-    if padding_mask is None or name in CAUSAL_BY_MASK or name in ALL_MASK_ATTENTION_FUNCTIONS:
+    if name in CAUSAL_BY_MASK or name in ALL_MASK_ATTENTION_FUNCTIONS:
         return
-    has_room = cache is not None and cache.get_mask_sizes(num_new, layer)[0] > padding_mask.shape[1]
-    if has_room or not padding_mask.all():
+    if padding_mask is not None:
+        has_room = cache is not None and cache.get_mask_sizes(num_new, layer)[0] > padding_mask.shape[1]
+        sees_too_much = has_room or not padding_mask.all()
+    else:
+        sees_too_much = name.startswith("paged|")  # of continuous batching, whose calls say where each row begins
+    if sees_too_much:
         raise ValueError(
-            f"transformers makes no mask for attn_implementation {name!r}, but a static cache, and rows that keep different "
-            f"numbers of tokens, need one. Register one with AttentionMaskInterface, or load the model with one of {CAUSAL_BY_MASK}."
+            f"transformers makes no mask for attn_implementation {name!r}, so pruned layers would see padding, the empty "
+            "entries of a static cache or, with a paged one, later tokens. Load the model with FlashAttention or one of "
+            f"{CAUSAL_BY_MASK}, or register what makes the mask with AttentionMaskInterface."
         )

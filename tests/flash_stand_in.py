@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from transformers import modeling_utils
+from transformers import AttentionInterface, AttentionMaskInterface, modeling_flash_attention_utils, modeling_utils
 from transformers.integrations import hub_kernels
 
 
-# What asks for it by name; the library takes its own kernel for each of the first three where no package is installed.
-NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "kernels-community/flash-attn3")
-
-
 def attend(query, key, value, scale, causal, window):
-    """Attention of one row, [queries, heads, head_dim] to keys [keys, key_value_heads, head_dim]: the last query and the last key
-    are at one position. A query that no key is left for gets zeros."""
+    """Attention of one row: queries [queries, heads, head_dim], keys and values [keys, key_value_heads, head_dim].
+
+    The last query and the last key are at one position. A query that sees no key gets zeros.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     distance = torch.arange(len(query))[:, None] + len(key) - len(query) - torch.arange(len(key))  # how far a key lies back
@@ -57,7 +55,7 @@ def flash_attn_varlen_func(
     window_size=(-1, -1),
     deterministic=False,
 ):
-    """Rows one after another: q [queries of all rows, heads, head_dim], and `cu_seqlens_q` where each begins and the last ends."""
+    """Rows one after another: q [queries of all rows, heads, head_dim]; `cu_seqlens_q` has their beginnings and the last's end."""
     assert q.ndim == k.ndim == 3 and k.shape == v.shape, (q.shape, k.shape, v.shape)
     assert dropout_p == 0, dropout_p
     parts = []
@@ -75,16 +73,18 @@ KERNEL = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func
 
 
 def install(monkeypatch) -> None:
-    """Let the library find the stand-in where it would fetch a kernel from the Hub."""
+    """Let the library find the stand-in where it would fetch a kernel from the Hub, and forget it afterwards."""
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **kwargs: KERNEL)
     for module in (hub_kernels, modeling_utils):
         monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    for interface in (AttentionInterface, AttentionMaskInterface):  # where kernels are registered
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
 
 
 @contextmanager
-def attention(model, name: str):
-    """`model` with another attention, and afterwards with its own again."""
-    own = {config: config._attn_implementation for config in configs_of(model)}
+def flash_attention(model, name: str = "flash_attention_2"):
+    """`model`, which runs with sdpa, with the stand-in under a name of FlashAttention; then with sdpa again."""
     model.set_attn_implementation(name)
     try:
         yield model
