@@ -43,9 +43,9 @@ def prune(model, ratio: float = 0.889, method: str = "vlm_pruner", **keys):
     """Prune a loaded model in place, whatever it is wrapped into.
 
     Args:
-        model: a model of a supported family in its stock class, or in ours, or a module that has such models inside, as those of
-            PEFT, DDP, FSDP, DeepSpeed and `torch.compile` do. Or a processor of such a model, which gets `draw_kept_tokens`; the
-            other arguments do not concern it.
+        model: a model of a supported family in its stock class, or in ours, or a module that has such models inside, like those
+            of PEFT, DDP, FSDP and `torch.compile`. Or a processor of such a model, which gets `draw_kept_tokens`; the other
+            arguments do not concern it.
         ratio: fraction of the visual tokens of each image that is removed, in [0, 1).
         method: a name of docs/methods.md.
         keys: other keys of docs/settings.md, with `pruning_` in front or without it: `layer=3` is `pruning_layer=3`. A key that
@@ -140,8 +140,8 @@ def _keys_of(model: PreTrainedModel) -> dict | None:
 def _refuse_other_thread(model: nn.Module) -> None:
     if _threads.get(model, threading.get_ident()) != threading.get_ident():
         raise RuntimeError(
-            f"Another thread has this {type(model).__name__} in `with pruning(model)`. Keys of pruning belong to the model, not "
-            "to a thread: pass pruning_ratio to generate for one request, or give each thread a model of its own."
+            f"Another thread has this {type(model).__name__} in `with pruning(model)`. Keys of pruning belong to the model, "
+            "not to a thread: pass pruning_ratio to generate for one request, or give each thread a model of its own."
         )
 
 
@@ -203,8 +203,8 @@ def _find_models(module: nn.Module) -> list[PreTrainedModel]:
             return [module]
         if issubclass(own_class, tuple(classes)):
             raise ValueError(
-                f"{own_class.__module__}.{own_class.__name__} has code of its own on top of the class of transformers, and what "
-                f"that does to visual tokens is not known. {_supported()}"
+                f"{own_class.__module__}.{own_class.__name__} has code of its own on top of the class of transformers, and "
+                f"what that does to visual tokens is not known. {_supported()}"
             )
     return [model for child in module.children() for model in _find_models(child)]
 

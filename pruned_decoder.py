@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from .attention_correction import additive_masks, distance_term, refuse_backend
 from .configuration_vlmpruner import PruningSettings, layer_types_of
@@ -40,6 +39,7 @@ from .pruned_cache import (
     mask_layer,
     open_state,
     pruning_states,
+    stage_mask,
     state_of_layer,
 )
 from .pruning_method import StageTokens
@@ -534,15 +534,8 @@ class PruningPlan:
         return self._causal_mask(stage.layer, hidden_states, padding_mask, cache)
 
     def _causal_mask(self, layer: int, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=padding_mask,
-            position_ids=None,
-            layer_idx=mask_layer(cache, layer),
-            allow_is_causal_skip=not self.corrects_attention,
-            **{CACHE_NAME: cache},
-        )
+        allow_skip = not self.corrects_attention
+        return stage_mask(self.config, hidden_states, padding_mask, cache, layer, allow_is_causal_skip=allow_skip)
 
     def _continued_positions(self, stage: PruningStage, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
         """Position embeddings of new tokens, where kept ones were packed; else those that the decoder made stay."""

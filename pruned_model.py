@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
@@ -25,9 +25,10 @@ from .pruned_cache import (
     PruningRecord,
     cache_of,
     continued_padding_mask,
-    mask_layer,
+    mask_of_entries,
     pruning_state,
     pruning_states,
+    stage_mask,
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
@@ -289,6 +290,8 @@ class PrunedModelMixin(SavedAndLoadedMixin):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if not isinstance(attention_mask, dict):
+            attention_mask = mask_of_entries(self.get_decoder().config, inputs_embeds, attention_mask, cache, 0)
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
         encoded = self._encode(kwargs) if self.has_visuals(kwargs) else {}
@@ -661,14 +664,9 @@ class PrunedForConditionalGenerationMixin(SavedAndLoadedMixin):
         pruned_masks = {}
         for state in states:
             name = f"{PRUNED_MASK}{state.layer}"
-            pruned_masks[name] = create_causal_mask(
-                config=config.get_text_config(decoder=True),
-                inputs_embeds=inputs_embeds,
-                attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
-                position_ids=None,
-                layer_idx=mask_layer(cache, state.layer),
-                **{CACHE_NAME: cache},
-            )
+            padding_mask = continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1])
+            text_config = config.get_text_config(decoder=True)
+            pruned_masks[name] = stage_mask(text_config, inputs_embeds, padding_mask, cache, state.layer)
             if (sizes := state.sizes_of_rows()) is not None:
                 masks_of_stage = additive_masks(pruned_masks[name], sizes, inputs_embeds.dtype)
                 pruned_masks[f"{name}{OWN}"], pruned_masks[name] = masks_of_stage

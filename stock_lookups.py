@@ -88,7 +88,7 @@ def _add_entry(table: dict | set, own: str, base: str, class_names: dict[str, st
 
 
 def register_weight_renaming(own: str, stock: str) -> None:
-    """Let the library rename parameters of checkpoints and adapters for `own` as for `stock`, both a model type or a class name.
+    """Let the library rename parameters of checkpoints and adapters for `own` as for `stock`: model types or class names.
 
     Custom code is skipped where neither its type nor its class is registered, and the weights stay as they were drawn.
     """
