@@ -96,7 +96,6 @@ TOKENIZER_FILES = [
     "tokenizer.model",
 ]
 IMAGE_FILES = ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"]
-PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json"]
 TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
 MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
@@ -385,7 +384,7 @@ def export_model(
     measured = "" if results is None else measured_section(Path(results), config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            write_small_files(Path(folder), checkpoint, config, name, measured)
+            write_small_files(Path(folder), checkpoint, config, name, measured, report)
             how = "with other names for the weights" if checkpoint is not source else "weights are hard links where possible"
             report_plan(output, sizes | file_sizes(Path(folder)), how, report)
         return output
@@ -393,7 +392,7 @@ def export_model(
         # Its own name within the temporary folder: the library names the module of custom code after it.
         staged = beside / output.name
         staged.mkdir()
-        write_small_files(staged, checkpoint, config, name, measured)
+        write_small_files(staged, checkpoint, config, name, measured, report)
         place_shards(staged, checkpoint, sizes, report)
         if results is not None:
             check_measured(Path(results), staged, checkpoint)
@@ -468,16 +467,15 @@ def pruned_config(checkpoint: Base, pruning: dict):
 def processor_reference(checkpoint: Base, config_class: type) -> str:
     """`module.Class` of our processor for the checkpoint.
 
-    It is the family's, unless the checkpoint's files name another that we have: the library goes by these, not by the model.
-    GLM-4.6V-Flash is a `glm4v` model with a processor of its own, which writes the timestamps of videos in another way.
+    Raises:
+        ValueError: for one with a processor that we do not have.
     """
-    default = config_class.auto_map_targets["AutoProcessor"]
-    files = [checkpoint.read_json(name) for name in PROCESSOR_FILES if (checkpoint.folder / name).is_file()]
-    named = next((content["processor_class"] for content in files if content.get("processor_class")), None)
-    ours = f"VLMPruner{str(named).removeprefix('VLMPruner')}"
-    if named == stock_class(own(default)).__name__ or ours not in own("processing.__all__"):
-        return default
-    return f"processing.{ours}"
+    files = (name for name in own("processing.PROCESSOR_FILES") if (checkpoint.folder / name).is_file())
+    try:
+        processor_class = own("processing.processor_class_of")(config_class, map(checkpoint.read_json, files))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name} can not be exported. {error}") from None
+    return f"processing.{processor_class.__name__}"
 
 
 def stock_config(checkpoint: Base, pruning: dict):
@@ -601,11 +599,11 @@ def write_manifest(folder: Path) -> list[str]:
     return list(files)
 
 
-def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str) -> None:
+def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str, report: Callable[[str], None]) -> None:
     """Everything but the shards."""
     config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
-    write_processor(folder, checkpoint, config)
+    write_processor(folder, checkpoint, config, report)
     for optional in (GENERATION_CONFIG, INDEX):
         if (checkpoint.folder / optional).is_file():
             shutil.copyfile(checkpoint.folder / optional, folder / optional)
@@ -629,7 +627,7 @@ def with_own_code(content, auto_map: dict[str, str]):
     return kept | ({"auto_map": ours} if ours else {})
 
 
-def write_processor(folder: Path, checkpoint: Base, config) -> None:
+def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[str], None]) -> None:
     """Processor and tokenizer, of our class for one of our configs, else of the stock class.
 
     Raises:
@@ -641,6 +639,9 @@ def write_processor(folder: Path, checkpoint: Base, config) -> None:
         processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if getattr(processor.tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:  # so the library warns of it
+            processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False, fix_mistral_regex=True)
+            report(f"the tokenizer of {checkpoint.name} splits words wrongly: mended, as fix_mistral_regex=True does")
         for key in getattr(config, "processor_keys", ()):
             setattr(processor, key, getattr(config, key))
         for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save

@@ -90,7 +90,7 @@ def _add_entry(table: dict | set, own: str, base: str, class_names: dict[str, st
 def register_weight_renaming(own: str, stock: str) -> None:
     """Let the library rename parameters of checkpoints and adapters for `own` as for `stock`: model types or class names.
 
-    Custom code is skipped where neither its type nor its class is registered, and the weights stay as they were drawn.
+    It skips custom code of which neither is registered, and the weights stay as they were drawn.
     """
     renaming = get_checkpoint_conversion_mapping(stock)
     if renaming is not None and get_checkpoint_conversion_mapping(own) is None:  # else it may hold more, of a fusion of layers
