@@ -646,11 +646,27 @@ def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[st
             setattr(processor, key, getattr(config, key))
         for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
             processor.tokenizer.init_kwargs.pop(key, None)
+        if hasattr(processor.tokenizer, "legacy"):  # of Llama's tokenizer: the library reads it and does not save it
+            processor.tokenizer.init_kwargs["legacy"] = processor.tokenizer.legacy
         processor.save_pretrained(folder)
-        processor_class.from_pretrained(folder, trust_remote_code=False)
+        saved = processor_class.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any type: these are values of files that anyone wrote
         names = ", ".join(unreadable_files(checkpoint)) or "The (absent) processor files"
         raise ValueError(f"{names} of {checkpoint.name} can not be read: {describe(error)}") from error
+    check_tokens(saved.tokenizer, processor.tokenizer, checkpoint.name)
+
+
+def check_tokens(saved, tokenizer, name: str) -> None:
+    """Raise a ValueError where a tokenizer that was saved and read again makes other tokens than `tokenizer`, of `name`."""
+    for token in ("", *tokenizer.get_added_vocab()):
+        text = f" It's 12345{token} words{token}of\n\n{token}\nKöln,  {token}漢字\u3000{token}."
+        ids, saved_ids = tokenizer(text).input_ids, saved(text).input_ids
+        if saved_ids != ids:
+            raise ValueError(
+                f"The tokenizer of {name}, a {type(tokenizer).__name__}, makes {ids} of {text!r}, but {saved_ids} after it was "
+                "saved and read again: the library loses one of its settings. Give tokenizer.json all that it does, and "
+                "tokenizer_config.json the tokenizer_class 'PreTrainedTokenizerFast'."
+            )
 
 
 def unreadable_files(checkpoint: Base) -> list[str]:

@@ -710,14 +710,19 @@ class TilesDrawMixin(DrawMixin):
         return inputs | {"num_tiles": [len(self.tiles(inputs))]}  # of one image
 
     def image_views(self, inputs, settings):
-        tiles, side = self.tiles(inputs), isqrt(self.tile_length)
+        tiles = self.tiles(inputs)
         counts = inputs["num_tiles"] if "num_tiles" in inputs else self.tiles_of_images(inputs["input_ids"].tolist())
         if sum(counts) != len(tiles):
             raise ValueError(
                 f"The inputs have {len(tiles)} tiles in pixel_values, but placeholders of {sum(counts)} in input_ids."
             )
-        views = iter([(tile, (side, side)) for tile in tiles])
+        views = map(self.view_of_tile, tiles)
         return [list(islice(views, count)) for count in counts]
+
+    def view_of_tile(self, tile: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The part of a tile [3, side, side] that its tokens cover, and their grid."""
+        grid = (isqrt(self.tile_length),) * 2
+        return whole_patches(tile, grid), grid
 
     def runs(self, row: list[int]) -> list[tuple[int, int]]:
         """(first place, number of tiles) of each run of placeholders in the ids of a row."""
@@ -760,8 +765,7 @@ class VLMPrunerInternVLProcessor(TilesDrawMixin, InternVLProcessor):
         return [count for row in input_ids for _, count in self.runs(row)]
 
     def video_slices(self, inputs, settings):
-        side = isqrt(self.tile_length)
-        return [[(frame, (side, side)) for frame in video] for video in inputs["pixel_values_videos"]]
+        return [list(map(self.view_of_tile, video)) for video in inputs["pixel_values_videos"]]
 
 
 class GlobalViewDrawMixin(TilesDrawMixin):
@@ -773,49 +777,38 @@ class GlobalViewDrawMixin(TilesDrawMixin):
     def tile_length(self):
         return self.image_seq_len
 
-    @property
-    def global_view_id(self) -> int:
-        """The tag in front of a global view's tokens."""
-        raise NotImplementedError
-
     def tiles(self, inputs):
         tiles, mask = inputs["pixel_values"].flatten(0, 1), inputs.get("pixel_attention_mask")
         return tiles if mask is None else tiles[mask.flatten(0, 1).flatten(1).any(1)]
 
     def tiles_of_images(self, input_ids):
+        """An image ends with its global view: a tile behind the tag that the last tile of all has. The last two tokens in
+        front of a tile tell tags apart, whether the tokenizer makes one token of a tag or several."""
+        runs = [(row[max(place - 2, 0) : place], count) for row in input_ids for place, count in self.runs(row)]
         counts = [0]
-        for row in input_ids:
-            for place, count in self.runs(row):
-                counts[-1] += count
-                if place > 0 and row[place - 1] == self.global_view_id:
-                    counts.append(0)
-        return counts if counts[-1] else counts[:-1]
+        for tag, count in runs:
+            counts[-1] += count
+            if tag == runs[-1][0]:
+                counts.append(0)
+        return counts[:-1]
 
 
 class VLMPrunerIdefics3Processor(GlobalViewDrawMixin, Idefics3Processor):
     """The processor of Idefics3 with `draw_kept_tokens`."""
 
-    @property
-    def global_view_id(self):
-        return self.global_image_token_id
-
 
 class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
     """The processor of SmolVLM with `draw_kept_tokens`."""
-
-    @property
-    def global_view_id(self):
-        return self.tokenizer.convert_tokens_to_ids(self.global_image_token)
 
     def read_videos(self, videos, options):
         inputs = super().read_videos(videos, options)
         return {"pixel_values_videos": inputs["pixel_values"], "pixel_attention_mask": inputs.get("pixel_attention_mask")}
 
     def video_slices(self, inputs, settings):
-        side, videos, masks = isqrt(self.tile_length), inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
+        videos, masks = inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
         if masks is not None:
             videos = [video[mask.flatten(1).any(1)] for video, mask in zip(videos, masks, strict=True)]
-        return [[(frame, (side, side)) for frame in video] for video in videos]
+        return [list(map(self.view_of_tile, video)) for video in videos]
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]
