@@ -26,7 +26,9 @@ from .pruned_cache import (
     PruningRecord,
     cache_of,
     continued_padding_mask,
+    found_notes,
     mask_layer,
+    note_positions,
     pruning_state,
     pruning_states,
     takes_cache,
@@ -194,6 +196,7 @@ class PrunedModelMixin:
     decoder_layers: Sequence[type]  # for `prune_decoder`
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
+    has_mrope: bool = False  # whether positions have several axes
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
 
     def __init_subclass__(cls):
@@ -237,6 +240,7 @@ class PrunedModelMixin:
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
+        has_positions = position_ids is not None
         position_ids = self.resolve_position_ids(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
         )
@@ -249,10 +253,11 @@ class PrunedModelMixin:
         }
         if is_stock_call:
             outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+            if self.has_mrope and (has_visuals or position_ids is None):
+                note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
+            request.has_positions = has_positions
             outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
-        if has_visuals or (is_stock_call and position_ids is None):
-            self.note_positions(cache_of(outputs), position_ids, attention_mask)
         return outputs
 
     def _forward_by_plan(
@@ -289,7 +294,10 @@ class PrunedModelMixin:
             visuals,
             request.num_outputs,
             inputs_embeds.shape[1],
+            may_count_padding=not request.has_positions and self.may_count_padding(cache),
         )
+        if inputs["position_ids"] is None:
+            inputs["position_ids"] = plan.positions_without_padding(cache, inputs_embeds)
         plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
         of_plan = {
             "inputs_embeds": inputs_embeds,
@@ -298,6 +306,8 @@ class PrunedModelMixin:
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
         plan.unpack_outputs(outputs)
+        if encoded and inputs["position_ids"] is not None:
+            note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)
         if self.training and torch.is_grad_enabled() and request.dropped is not None and not request.has_labels:
             logger.warning_once(LOSS_ELSEWHERE)
         if settings is not None and plan.record is not None:
@@ -432,8 +442,10 @@ class PrunedModelMixin:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
 
-    def note_positions(self, cache: Cache | None, position_ids, attention_mask) -> None:
-        """Called after images or videos, and where the decoder made the positions, for a family whose later ones need them."""
+    def may_count_padding(self, cache: Cache | None) -> bool:
+        """Whether the positions of a cache's tokens may count padding, as the decoder's own do."""
+        notes = found_notes(cache)
+        return not self.has_mrope if notes is None else notes.count_padding
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""
