@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
 from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
@@ -34,6 +34,7 @@ from .pruned_cache import (
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
+from .record_of_outputs import RecordKeptMixin, leave_record, record_of, record_of_call
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
 
@@ -185,7 +186,7 @@ def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None
             outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(RecordKeptMixin):
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
     A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
@@ -258,6 +259,7 @@ class PrunedModelMixin:
         else:
             request.has_positions = has_positions
             outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
+        leave_record(outputs, request.record)
         return outputs
 
     def _forward_by_plan(
@@ -452,7 +454,7 @@ class PrunedModelMixin:
         return ()
 
 
-class PrunedForConditionalGenerationMixin:
+class PrunedForConditionalGenerationMixin(RecordKeptMixin):
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
@@ -506,6 +508,14 @@ class PrunedForConditionalGenerationMixin:
         """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
         stock class reads them under our `model_type` too, for which the library renames none."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with record_of_call() as found:
+            outputs = super().generate(*args, **kwargs)
+        if found and isinstance(outputs, ModelOutput) and cache_of(outputs) is None:
+            leave_record(outputs, found[0])
+        return outputs
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
@@ -620,20 +630,17 @@ class PrunedForConditionalGenerationMixin:
         """What was kept, or None if nothing was pruned.
 
         Args:
-            outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
+            outputs: of `forward`, also through a wrapper, or of `generate(..., return_dict_in_generate=True)`.
 
         Raises:
-            ValueError: for a tensor or a tuple, which hold no record.
+            ValueError: for a tensor or a tuple, which hold no record, and where a wrapper has lost it.
         """
         if isinstance(outputs, torch.Tensor | tuple | list):
             raise ValueError(
                 f"A {type(outputs).__name__} does not tell what was kept. Call generate with return_dict_in_generate=True, or "
                 "forward with return_dict=True, and pass what they return."
             )
-        record = getattr(outputs, "pruning_record", None)
-        if record is None and (state := pruning_state(cache_of(outputs))) is not None:
-            record = state.record
-        return record
+        return record_of(outputs)
 
     def loss_of_kept_tokens(self, outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0):
         """The loss of a training step whose labels were not given to the model: `Trainer(compute_loss_func=...)`.
@@ -761,7 +768,7 @@ def pruned_forward(stock_class: type) -> Callable:
             if aux_loss is not None:
                 loss = loss + self.config.get_text_config().router_aux_loss_coef * aux_loss.to(loss.device)
             outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
-        outputs.pruning_record = request.record
+        leave_record(outputs, request.record)
         return outputs
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], *added, parameters[-1]])
