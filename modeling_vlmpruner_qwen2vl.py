@@ -50,6 +50,7 @@ class Qwen2_5_VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_5_vl.Qwen2_5_VLDec
 class PrunedQwenModelMixin(PrunedModelMixin):
     """Put in front of a stock Qwen-VL model."""
 
+    has_mrope = True
     encoder_inputs = {
         "image": ("pixel_values", ("image_grid_thw",)),
         "video": ("pixel_values_videos", ("video_grid_thw",)),
@@ -123,7 +124,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         types = inputs.get("mm_token_type_ids") if has_visuals else None
         has_grids = any(inputs.get(grid_thw) is not None for _, (grid_thw,) in self.encoder_inputs.values())
         if types is not None and (types.shape != tokens.shape or not has_grids):
-            return None  # embeddings with virtual tokens before them, of prompt tuning: counted as text, as in the stock class
+            return None  # embeddings with virtual tokens before them, of prompt tuning: text, as in the stock class
         return self.mrope_position_ids(tokens, types, attention_mask, cache, inputs)
 
     def get_rope_index(self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, **kwargs):
@@ -176,14 +177,6 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         if past_length == 0:
             return positions
         return positions + position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
-
-    def note_positions(self, cache, position_ids, attention_mask) -> None:
-        """Leave the positions of a call with its cache."""
-        if cache is None or (position_ids is not None and position_ids.ndim != 3):
-            return
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            attention_mask = None
-        position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):

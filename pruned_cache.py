@@ -342,25 +342,35 @@ class PrunedCacheState:
 
 
 class PositionNotes:
-    """What M-RoPE position follows each token of a cache: it is no count of tokens once an image came.
+    """What position follows each token of a cache. It is no count of tokens where rows are padded, or images came with M-RoPE.
 
-    The stock models keep an offset on the module, where a second request overwrites that of the first, and a crop leaves it
-    stale. Here each call with images leaves its `position_ids`, and nothing is computed until a later turn asks.
+    The stock models keep an offset of M-RoPE on the module, where a second request overwrites that of the first, and a crop
+    leaves it stale. Here a call leaves its `position_ids`, and nothing is computed until a later turn asks.
+
+    Attributes:
+        count_padding: whether a decoder made the first positions, which counts padding.
     """
 
     def __init__(self):
+        self.count_padding = False
         self._known: torch.LongTensor | None = None  # [batch, length], the position after each token
         self._noted: tuple | None = None
+
+    @property
+    def are_empty(self) -> bool:
+        return self._known is None and self._noted is None
 
     def note(self, position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int) -> None:
         """Add the positions of a call.
 
         Args:
-            position_ids: [3 or 4, batch, length of the call]; None for a first call whose decoder counted tokens and padding.
+            position_ids: [1, 3 or 4, batch, length of the call]; None for a first call whose decoder counted tokens and
+                padding.
             attention_mask: the 2-D one of the whole sequence, or None.
             length: of the whole sequence after the call.
         """
         self._fold()
+        self.count_padding |= position_ids is None
         self._noted = (position_ids, attention_mask, length)
 
     def after(self, length: int, attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.LongTensor:
@@ -396,14 +406,11 @@ class PositionNotes:
         if self._noted is None:
             return
         (position_ids, attention_mask, length), self._noted = self._noted, None
-        if position_ids is None:
-            self._known = torch.arange(1, length + 1)[None]
-            return
-        reached = position_ids[-3:].amax(0)
-        batch, past_length = reached.shape[0], length - reached.shape[1]
+        reached = torch.arange(length)[None] if position_ids is None else position_ids[-3:].amax(0)
+        past_length = length - reached.shape[1]
         if attention_mask is not None:
             reached = reached.masked_fill(attention_mask[:, past_length:length].to(reached.device) == 0, -1)
-        past = self.after(past_length, attention_mask, batch, reached.device)
+        past = self.after(past_length, attention_mask, len(reached), reached.device)
         self._known = torch.cat([past, reached.cummax(dim=1).values + 1], dim=1)
 
 
@@ -458,6 +465,14 @@ class NotedLayerMixin(FollowingMixin):
         self.position_notes.repeat_rows(repeats)
 
 
+def found_notes(cache: Cache | None) -> PositionNotes | None:
+    """The notes of a cache that a call has left positions with; None where none has."""
+    if cache is None or not cache.layers:
+        return None
+    notes = getattr(cache.layers[counting_layer(cache, 0)], "position_notes", None)
+    return None if notes is None or notes.are_empty else notes
+
+
 def position_notes(cache: Cache) -> PositionNotes:
     """The notes of a cache; new ones where it has none, which stay with it once it has layers."""
     if not cache.layers:
@@ -469,6 +484,22 @@ def position_notes(cache: Cache) -> PositionNotes:
         noted.__dict__ = first.__dict__ | {"position_notes": PositionNotes()}
         return noted.position_notes
     return first.position_notes
+
+
+def note_positions(cache: Cache | None, position_ids: torch.LongTensor | None, attention_mask) -> None:
+    """Leave the positions of a call with its cache.
+
+    Args:
+        position_ids: [batch, length], or with axes of M-RoPE in front; None where a decoder made them in a first call.
+        attention_mask: the call's, of any kind.
+    """
+    if cache is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        attention_mask = None
+    if position_ids is not None and position_ids.ndim == 2:
+        position_ids = position_ids[None]
+    position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 class PrunedCacheMixin(FollowingMixin):

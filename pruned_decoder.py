@@ -36,6 +36,7 @@ from .pruned_cache import (
     PrunedImage,
     PruningRecord,
     continued_padding_mask,
+    found_notes,
     mask_layer,
     open_state,
     pruning_states,
@@ -266,6 +267,23 @@ class PruningPlan:
     def packing(self) -> Packing | None:
         """From the call's tokens to those that go on to the end; None where no stage has run."""
         return None if self.stages[-1].choice is None else self.stages[-1].choice.whole_packing
+
+    def positions_without_padding(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.LongTensor | None:
+        """Positions [batch, length] that count no padding, as of the row alone. None where those that the decoder makes are the
+        same, and where the cache's count padding."""
+        (batch, length, _), device, mask = inputs_embeds.shape, inputs_embeds.device, self.attention_mask
+        continues, notes = self.settings is None, found_notes(cache)
+        past_length = int(cache.get_seq_length()) if continues and notes is not None else self.past_length
+        if notes is not None and past_length > 0:
+            if mask is not None and not continues:  # then it is on the host
+                mask = upload(mask, device)
+            new = inputs_embeds.new_ones(batch, length) if mask is None else mask[:, -length:] != 0
+            return notes.after(past_length, mask, batch, device)[:, -1:] + positions_of(new)
+        if continues or mask is None or mask.all() or mask.shape[1] != past_length + length:
+            return None
+        if has_padding_before_tokens(mask, past_length):
+            return None
+        return upload(positions_of(mask)[:, -length:], device)
 
     def stage_of(self, layer_idx: int) -> PruningStage | None:
         """The stage whose tokens layer `layer_idx` runs on; None below the first."""
@@ -719,6 +737,7 @@ def make_plan(
     visuals: Sequence[VisualTokens],
     num_outputs: int = 0,
     length: int | None = None,
+    may_count_padding: bool = False,
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -731,9 +750,11 @@ def make_plan(
         visuals: the images and videos among the new tokens.
         num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
         length: number of the call's tokens.
+        may_count_padding: whether the cache's tokens, and so the call's, may have positions that count padding.
 
     Raises:
-        ValueError: for packed sequences, for a cache that was pruned at other layers, and what `visual_grids` raises.
+        ValueError: for packed sequences, for a cache that was pruned at other layers, for a method that looks at keys where
+            positions may count padding, and what `visual_grids` raises.
     """
     states = pruning_states(cache)
     layers = [state.layer for state in states]
@@ -751,7 +772,8 @@ def make_plan(
             stage.own_mask = prepared.get(f"{PRUNED_MASK}{stage.layer}{OWN}")
         plan.correct_attention(states)
         return plan
-    new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
+    method = settings.method_for(decoder.config.num_hidden_layers)
+    new_layers = list(method.stage_layers())
     if states and layers != new_layers:
         raise ValueError(
             f"The cache was pruned at {_name_layers(layers)}, this call would prune at {_name_layers(new_layers)}. "
@@ -773,6 +795,12 @@ def make_plan(
             "give each sequence a row of its own, or set pruning_ratio=0."
         )
     attention_mask = None if attention_mask is None else masks[-1]
+    if may_count_padding and "keys" in method.looks_at and has_padding_before_tokens(attention_mask, past_length):
+        raise ValueError(
+            "Rows of the cache have padding before their tokens, which positions count where no position_ids are given. "
+            f"pruning_method {settings.method!r} looks at keys, which depend on positions: it would keep other tokens than of "
+            "the row alone. Pass position_ids, that count no padding, in each call of the conversation."
+        )
     masks = iter(masks)
     visuals = [
         replace(visual, mask=next(masks), image_ends=None if visual.image_ends is None else next(masks)) for visual in visuals
@@ -815,6 +843,16 @@ def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
     flat = torch.cat([mask.flatten() for mask in masks]).cpu()
     parts = flat.split([mask.numel() for mask in masks])
     return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
+
+
+def positions_of(is_token: torch.Tensor) -> torch.LongTensor:
+    """How many tokens stand before each in its row, 0 at padding in front. [batch, length]"""
+    return (is_token.long().cumsum(1) - 1).clamp_min(0)
+
+
+def has_padding_before_tokens(attention_mask: torch.Tensor | None, length: int) -> bool:
+    """Whether a token comes after padding in one of the rows, among the first `length` of a mask on the host."""
+    return attention_mask is not None and bool((attention_mask[:, :length].to(torch.int8).diff(dim=1) > 0).any())
 
 
 def has_pruned_mask(masks: dict) -> bool:

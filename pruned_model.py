@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
 from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
@@ -25,13 +25,16 @@ from .pruned_cache import (
     PruningRecord,
     cache_of,
     continued_padding_mask,
+    found_notes,
     mask_of_entries,
+    note_positions,
     pruning_state,
     pruning_states,
     stage_mask,
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
+from .record_of_outputs import RecordKeptMixin, leave_record, record_of, record_of_call
 from .stock_lookups import AskedAsStockMixin, register_model_type, stock_class
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
@@ -198,7 +201,7 @@ class SavedAndLoadedMixin(AskedAsStockMixin):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class PrunedModelMixin(SavedAndLoadedMixin):
+class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
     A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
@@ -209,6 +212,7 @@ class PrunedModelMixin(SavedAndLoadedMixin):
     decoder_layers: Sequence[type]  # for `prune_decoder`
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
+    has_mrope: bool = False  # whether positions have several axes
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
 
     def __init_subclass__(cls):
@@ -252,6 +256,7 @@ class PrunedModelMixin(SavedAndLoadedMixin):
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
+        has_positions = position_ids is not None
         position_ids = self.resolve_position_ids(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
         )
@@ -264,10 +269,12 @@ class PrunedModelMixin(SavedAndLoadedMixin):
         }
         if is_stock_call:
             outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+            if self.has_mrope and (has_visuals or position_ids is None):
+                note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
+            request.has_positions = has_positions
             outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
-        if has_visuals or (is_stock_call and position_ids is None):
-            self.note_positions(cache_of(outputs), position_ids, attention_mask)
+        leave_record(outputs, request.record)
         return outputs
 
     def _forward_by_plan(
@@ -306,7 +313,10 @@ class PrunedModelMixin(SavedAndLoadedMixin):
             visuals,
             request.num_outputs,
             inputs_embeds.shape[1],
+            may_count_padding=not request.has_positions and self.may_count_padding(cache),
         )
+        if inputs["position_ids"] is None:
+            inputs["position_ids"] = plan.positions_without_padding(cache, inputs_embeds)
         plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
         of_plan = {
             "inputs_embeds": inputs_embeds,
@@ -315,6 +325,8 @@ class PrunedModelMixin(SavedAndLoadedMixin):
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
         plan.unpack_outputs(outputs)
+        if encoded and inputs["position_ids"] is not None:
+            note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)
         if self.training and torch.is_grad_enabled() and request.dropped is not None and not request.has_labels:
             logger.warning_once(LOSS_ELSEWHERE)
         if settings is not None and plan.record is not None:
@@ -449,15 +461,17 @@ class PrunedModelMixin(SavedAndLoadedMixin):
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
 
-    def note_positions(self, cache: Cache | None, position_ids, attention_mask) -> None:
-        """Called after images or videos, and where the decoder made the positions, for a family whose later ones need them."""
+    def may_count_padding(self, cache: Cache | None) -> bool:
+        """Whether the positions of a cache's tokens may count padding, as the decoder's own do."""
+        notes = found_notes(cache)
+        return not self.has_mrope if notes is None else notes.count_padding
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""
         return ()
 
 
-class PrunedForConditionalGenerationMixin(SavedAndLoadedMixin):
+class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
@@ -492,6 +506,14 @@ class PrunedForConditionalGenerationMixin(SavedAndLoadedMixin):
         for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
             setattr(model.generation_config, name, value)
         return loaded
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with record_of_call() as found:
+            outputs = super().generate(*args, **kwargs)
+        if found and isinstance(outputs, ModelOutput) and cache_of(outputs) is None:
+            leave_record(outputs, found[0])
+        return outputs
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
@@ -606,20 +628,17 @@ class PrunedForConditionalGenerationMixin(SavedAndLoadedMixin):
         """What was kept, or None if nothing was pruned.
 
         Args:
-            outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
+            outputs: of `forward`, also through a wrapper, or of `generate(..., return_dict_in_generate=True)`.
 
         Raises:
-            ValueError: for a tensor or a tuple, which hold no record.
+            ValueError: for a tensor or a tuple, which hold no record, and where a wrapper has lost it.
         """
         if isinstance(outputs, torch.Tensor | tuple | list):
             raise ValueError(
                 f"A {type(outputs).__name__} does not tell what was kept. Call generate with return_dict_in_generate=True, or "
                 "forward with return_dict=True, and pass what they return."
             )
-        record = getattr(outputs, "pruning_record", None)
-        if record is None and (state := pruning_state(cache_of(outputs))) is not None:
-            record = state.record
-        return record
+        return record_of(outputs)
 
     def loss_of_kept_tokens(self, outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0):
         """The loss of a training step whose labels were not given to the model: `Trainer(compute_loss_func=...)`.
@@ -742,7 +761,7 @@ def pruned_forward(stock_class: type) -> Callable:
             if aux_loss is not None:
                 loss = loss + self.config.get_text_config().router_aux_loss_coef * aux_loss.to(loss.device)
             outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
-        outputs.pruning_record = request.record
+        leave_record(outputs, request.record)
         return outputs
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], *added, parameters[-1]])
