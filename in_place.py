@@ -270,7 +270,9 @@ def _unprune_model(model: PreTrainedModel) -> None:
         vars(changed).pop(name, None)
     if vars(changed).get("auto_map") == ours.auto_map_targets:
         del changed.auto_map
-    _rename(changed, undecorated(type(model)), stock_class(type(model)))
+    _set_model_type(changed)
+    if changed.architectures == [undecorated(type(model)).__name__]:  # of a pruned repo, or saved meanwhile
+        changed.architectures = [stock_class(type(model)).__name__]
     _become(config, changed)
     _change_classes(model, new_classes, redirections)
 
@@ -295,19 +297,15 @@ def _pruned_config(config, ours: type, keys: dict) -> PruningConfig:
     if changed.pruning_layer is None:
         changed.pruning_layer = first_layer_above_keys(changed.get_text_config(decoder=True))
     vars(changed).setdefault("auto_map", dict(ours.auto_map_targets))
-    if stock_class(ours) is type(config):
-        for stock, pruned in classes_of(ours).items():
-            _rename(changed, stock, pruned)
+    _set_model_type(changed)
     changed.validate_pruning()
     return changed
 
 
-def _rename(config, old: type, new: type) -> None:
-    """Let a config name the classes that it is of now."""
+def _set_model_type(config) -> None:
+    """Let a config that names its type itself, as one that was read from a file, name that of its class."""
     if "model_type" in vars(config):
         vars(config)["model_type"] = type(config).model_type
-    if getattr(config, "architectures", None) == [old.__name__]:
-        config.architectures = [new.__name__]
 
 
 def _become(config, other) -> None:
