@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
-from .pruned_cache import CACHE_NAME, position_notes
+from .pruned_cache import CACHE_NAME, found_notes, position_notes
 from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
@@ -176,6 +176,11 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
             return positions
+        if found_notes(cache) is None and self.rope_deltas is not None:
+            # The stock class has filled this cache, before the model was pruned in place. Its offset is on the module.
+            num_past = past_length if attention_mask is None else attention_mask[:, :past_length].sum(1, keepdim=True)
+            deltas = self.rope_deltas.to(tokens.device)
+            return positions + num_past + deltas.repeat_interleave(batch // len(deltas), dim=0)
         return positions + position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
 
 

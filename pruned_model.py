@@ -269,7 +269,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         }
         if is_stock_call:
             outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
-            if self.has_mrope and (has_visuals or position_ids is None):
+            if self.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
                 note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
             request.has_positions = has_positions
@@ -324,6 +324,11 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
             "pruning_plan": plan,
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
+        if plan.grids and plan.record is None:
+            raise RuntimeError(
+                f"Nothing was pruned, though {settings.method} should have at decoder layer {plan.layer}: a layer of this model "
+                "was replaced, or is called by code that leaves out its keyword arguments. Its outputs would be unpruned."
+            )
         plan.unpack_outputs(outputs)
         if encoded and inputs["position_ids"] is not None:
             note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)
