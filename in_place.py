@@ -214,12 +214,13 @@ def _supported() -> str:
     return f"Supported are models in the classes of transformers with model_type {types}."
 
 
+@functools.lru_cache
 def _in_place_of(old_class: type, new_class: type) -> type:
     """`new_class` with the mixin in front that `old_class` has."""
     if undecorated(old_class) is old_class:
         return new_class
     mixin, inner = old_class.__bases__
-    content = {name: value for name, value in vars(old_class).items() if name not in ("__dict__", "__weakref__")}
+    content = {name: value for name, value in vars(old_class).items() if name in ("__module__", "__deepcopy__")}
     return type(old_class.__name__.replace(inner.__name__, new_class.__name__), (mixin, new_class), content)
 
 
@@ -243,6 +244,7 @@ def _prune_model(model: PreTrainedModel, keys: dict) -> None:
     below = next(ours for ours in classes.values() if hasattr(ours, "decoder_layers"))
     new_classes |= pruned_layer_classes(model.get_decoder(), below.decoder_layers)
     check_heads(model)
+    new_classes = {module: _in_place_of(type(module), new_class) for module, new_class in new_classes.items()}
     redirections = _redirections(new_classes)
     stock_config = copy.copy(config)
     register_model_type(config_class)  # again, for libraries that came after the config class
@@ -262,6 +264,7 @@ def _unprune_model(model: PreTrainedModel) -> None:
         own_class = undecorated(type(module))
         if is_ours(own_class):
             new_classes[module] = stock_class(own_class)
+    new_classes = {module: _in_place_of(type(module), new_class) for module, new_class in new_classes.items()}
     redirections = _redirections(new_classes)
     ours, stock = type(config), stock_class(type(config))
     changed = copy.copy(config)
@@ -318,7 +321,7 @@ def _change_classes(model: nn.Module, new_classes: dict[nn.Module, type], redire
     for redirect in redirections:
         redirect()
     for module, new_class in new_classes.items():
-        module.__class__ = _in_place_of(type(module), new_class)
+        module.__class__ = new_class
     for name in ("_compiled_call", "_last_compile_config"):  # of `generate` with a static cache, made anew when it is needed
         vars(model).pop(name, None)
 
@@ -334,9 +337,9 @@ def _redirections(new_classes: dict[nn.Module, type]) -> list[Callable[[], None]
     """
     redirections = []
     for module, new_class in new_classes.items():
-        present = undecorated(type(module))
+        present = type(module)
         if is_ours(new_class):
-            _refuse_patched_class(present)
+            _refuse_patched_class(undecorated(present))
         old, new = present.forward, new_class.forward
         for name, value in list(vars(module).items()):
             if not callable(value) or isinstance(value, nn.Module | type):

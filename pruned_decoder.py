@@ -313,6 +313,8 @@ class PruningPlan:
         if stage is not None:
             if layer_idx == stage.layer:
                 hidden_states = self._enter(stage, hidden_states, inputs, tower_states)
+            if stage.inputs is None:
+                raise self.skipped()
             inputs = inputs | stage.inputs.on(hidden_states.device)
             if layer_idx == stage.layer and stage.own_mask is not None:
                 inputs["attention_mask"] = stage.own_mask
@@ -324,6 +326,13 @@ class PruningPlan:
                 below.last_tokens = self._last_tokens(stage, hidden_states, inputs)
             inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), below)}
         return hidden_states, inputs
+
+    def skipped(self) -> RuntimeError:
+        """The error where a layer at which tokens should leave has not followed the plan."""
+        return RuntimeError(
+            f"Nothing was pruned at decoder layer {self.layer}, where it should have been: a layer of this model was replaced, "
+            "or is called by code that leaves out its keyword arguments."
+        )
 
     def _inputs_of_linear(self, stage: PruningStage | None, device: torch.device) -> dict:
         """What a layer of linear attention gets in place of a causal mask, on tokens as `stage` left them."""

@@ -325,10 +325,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
         if plan.grids and plan.record is None:
-            raise RuntimeError(
-                f"Nothing was pruned, though {settings.method} should have at decoder layer {plan.layer}: a layer of this model "
-                "was replaced, or is called by code that leaves out its keyword arguments. Its outputs would be unpruned."
-            )
+            raise plan.skipped()
         plan.unpack_outputs(outputs)
         if encoded and inputs["position_ids"] is not None:
             note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)

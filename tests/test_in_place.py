@@ -15,7 +15,15 @@ from families import FAMILIES, load_processor, load_pruned, load_stock, make_inp
 from peft import LoraConfig, get_peft_model
 from test_families import generate, step_logits
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    Qwen2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import vlmpruner
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
@@ -74,9 +82,7 @@ def test_a_pruned_model_is_equal_to_our_class_and_the_stock_model_again_afterwar
     assert_pruned(model, family, generate(model, inputs), inputs)
     assert vlmpruner.unprune(model) is model
     assert type(model) is family.stock_class and not hasattr(model, "get_pruning_record")
-    torch.testing.assert_close(
-        step_logits(generate(model, inputs)), step_logits(generate(load_stock(family), inputs)), **EXACT
-    )
+    torch.testing.assert_close(step_logits(generate(model, inputs)), step_logits(generate(load_stock(family), inputs)), **EXACT)
 
 
 @pytest.mark.core
@@ -91,6 +97,7 @@ def test_nothing_is_left_behind(family):
     assert after[0] == before[0]
 
 
+@pytest.mark.once
 @SOME
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_named(method, some):
@@ -125,6 +132,7 @@ def test_a_model_without_a_head(some):
 # Keys
 
 
+@pytest.mark.once
 def test_keys_are_set_anew_by_each_call():
     model = copy_of_stock(LLAVA)
     vlmpruner.prune(model, 0.5, layer=3)
@@ -136,6 +144,7 @@ def test_keys_are_set_anew_by_each_call():
     assert model.config.pruning_num_image_pivots is None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -198,6 +207,7 @@ def test_a_block_prunes_and_gives_back_what_was(some):
     assert (model.config.pruning_ratio, model.config.pruning_layer) == (0.25, 3)
 
 
+@pytest.mark.once
 def test_a_block_that_can_not_begin_leaves_the_model():
     model = copy_of_stock(LLAVA)
     with pytest.raises(ValueError, match="got 2"), vlmpruner.pruning(model, 2):
@@ -207,6 +217,7 @@ def test_a_block_that_can_not_begin_leaves_the_model():
         pass
 
 
+@pytest.mark.once
 def test_another_thread_is_refused_while_a_block_is_open():
     model, errors = copy_of_stock(LLAVA), []
 
@@ -242,7 +253,12 @@ def test_hooks_of_accelerate(kind, some):
         dispatch_model(model, {"": "cpu"}, force_hooks=True)
     stock = answer_of(model, inputs)
     vlmpruner.prune(model)
-    assert_pruned(model, some, generate(model, inputs), inputs)
+    with (
+        torch.no_grad()
+    ):  # the library's generate asks for the features outside of a hook, which stock LLaVA-NeXT does not bear
+        outputs, expected = model(**inputs), load_pruned(some)(**inputs)
+    torch.testing.assert_close(outputs.logits, expected.logits, **EXACT)
+    assert model.get_pruning_record(outputs).num_kept == expected.pruning_record.num_kept
     vlmpruner.unprune(model)
     torch.testing.assert_close(answer_of(model, inputs), stock, **EXACT)
 
@@ -291,7 +307,8 @@ def test_torch_compile(kind):
         model.forward = torch.compile(model.forward, backend="eager")
     stock = answer_of(compiled, inputs)
     vlmpruner.prune(compiled)
-    with torch.no_grad():
+    # What was compiled is not to run; to compile it anew takes half a minute and is not what is asked here.
+    with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
         outputs, expected = compiled(**inputs), load_pruned(LLAVA)(**inputs)
     torch.testing.assert_close(outputs.logits, expected.logits)
     assert model.get_pruning_record(outputs).num_kept == expected.pruning_record.num_kept
@@ -355,7 +372,7 @@ def test_distributed_wrappers(kind, some, one_rank):
         policy = functools.partial(
             torch.distributed.fsdp.wrap.transformer_auto_wrap_policy, transformer_layer_cls={layer_class}
         )
-        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
     else:
         mesh = dist.init_device_mesh("cpu", (1,))
         for layer in model.get_decoder().layers:
@@ -371,6 +388,7 @@ def test_distributed_wrappers(kind, some, one_rank):
     torch.testing.assert_close(answer_of(wrapped, inputs), stock)
 
 
+@pytest.mark.once
 def test_an_engine_that_holds_the_model():
     """As DeepSpeed's: a module that calls the one that it holds."""
 
@@ -390,7 +408,7 @@ def test_an_engine_that_holds_the_model():
 def test_a_trainer_in_the_middle_of_a_run(tmp_path):
     """From the second step on, losses are those of our class at the same weights."""
     losses, model = [], fresh_stock(QWEN)
-    inputs = {name: value for name, value in make_inputs(QWEN, ROWS[:1]).items()}
+    inputs = dict(make_inputs(QWEN, ROWS[:1]))
     rows = [{**inputs, "labels": inputs["input_ids"]}] * 3
 
     class PruneAfterOneStep(TrainerCallback):
@@ -446,6 +464,7 @@ def test_a_conversation_that_began_unpruned(some):
 # What can not be pruned
 
 
+@pytest.mark.once
 def test_what_is_no_model_of_a_family():
     text = AutoModelForCausalLM.from_config(
         Qwen2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16)
@@ -460,6 +479,7 @@ def test_what_is_no_model_of_a_family():
                 attempt(model)
 
 
+@pytest.mark.once
 def test_a_class_with_code_of_its_own():
     class Fork(LLAVA.stock_class):
         def forward(self, *args, **kwargs):
@@ -471,6 +491,7 @@ def test_a_class_with_code_of_its_own():
         vlmpruner.prune(model)
 
 
+@pytest.mark.once
 def test_a_layer_of_another_class():
     class Layer(torch.nn.Module):
         pass
@@ -482,6 +503,7 @@ def test_a_layer_of_another_class():
     assert type(model) is LLAVA.stock_class
 
 
+@pytest.mark.once
 def test_a_forward_that_was_replaced():
     model = copy_of_stock(LLAVA)
     layer = model.get_decoder().layers[3]
@@ -491,6 +513,7 @@ def test_a_forward_that_was_replaced():
     assert type(model) is LLAVA.stock_class and type(layer).__module__.startswith("transformers.")
 
 
+@pytest.mark.once
 def test_a_class_that_another_library_has_patched(monkeypatch):
     model = copy_of_stock(LLAVA)
 
@@ -509,6 +532,7 @@ def test_a_layer_that_is_replaced_later_does_not_run_unpruned():
         answer_of(model, inputs)
 
 
+@pytest.mark.once
 def test_a_tower_that_a_method_does_not_know(monkeypatch):
     model = copy_of_stock(LLAVA)
     before = type(model), dict(vars(model.config))
@@ -538,6 +562,7 @@ def test_a_processor_draws(name):
     assert type(processor) is stock and set(vars(processor)) == before
 
 
+@pytest.mark.once
 def test_a_processor_of_another_model():
     processor = copy.copy(load_processor(LLAVA))
     processor.__class__ = type("OtherProcessor", (type(processor),), {})
