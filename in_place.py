@@ -194,10 +194,9 @@ def models_in(module) -> list[PreTrainedModel]:
 
 def _find_models(module: nn.Module) -> list[PreTrainedModel]:
     own_class = undecorated(type(module))
-    config_class = CONFIG_OF_BASE_MODEL.get(getattr(getattr(module, "config", None), "model_type", None))
     if isinstance(module, PreTrainedModel) and is_ours(own_class):
         return [module]
-    if isinstance(module, PreTrainedModel) and config_class is not None:
+    if isinstance(module, PreTrainedModel) and (config_class := _config_class_for(own_class)) is not None:
         classes = classes_of(config_class)
         if own_class in classes:
             return [module]
@@ -207,6 +206,11 @@ def _find_models(module: nn.Module) -> list[PreTrainedModel]:
                 f"what that does to visual tokens is not known. {_supported()}"
             )
     return [model for child in module.children() for model in _find_models(child)]
+
+
+def _config_class_for(some_class: type) -> type | None:
+    """Ours for a stock class of a family, None for another. A config is not asked: one of a pruned repo states our type."""
+    return CONFIG_OF_BASE_MODEL.get(getattr(some_class.config_class, "model_type", None))
 
 
 def _supported() -> str:
@@ -234,7 +238,7 @@ def _prune_model(model: PreTrainedModel, keys: dict) -> None:
         model_below(model).refuse_unknown_tower(changed)
         _become(config, changed)
         return
-    config_class = CONFIG_OF_BASE_MODEL[config.model_type]
+    config_class = _config_class_for(undecorated(type(model)))
     classes, changed = classes_of(config_class), _pruned_config(config, config_class, keys)
     new_classes = {}
     for module in model.modules():
