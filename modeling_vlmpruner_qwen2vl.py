@@ -79,7 +79,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         if not self.config.looks_at_tower or (blocks := self.tower_blocks()) is None:
             return encode()
         tower = self.config.vision_config
-        windowless = getattr(tower, "fullatt_block_indexes", None)  # of Qwen2.5-VL, whose other blocks attend to windows
+        windowless = getattr(self.visual, "fullatt_block_indexes", None)  # of Qwen2.5-VL, whose other blocks attend to windows
         block, num_merged = blocks[max(windowless) if windowless else -1], tower.spatial_merge_size**2
         with watch(block) as seen:
             outputs = encode()

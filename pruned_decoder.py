@@ -42,7 +42,7 @@ from .pruned_cache import (
     pruning_states,
     state_of_layer,
 )
-from .pruning_method import StageTokens
+from .pruning_method import PruningMethod, StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
 from .tensor_parallel import all_heads
@@ -189,7 +189,8 @@ class PruningPlan:
         layers: those at whose input tokens leave, ascending.
         attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
         grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
-        settings: how to select; None in such a call.
+        settings: how to select, and
+        method: which selects so; None in such a call.
         prepared_masks: layer -> mask, where `generate` made them in advance.
         past_length: full sequence length before the call, and `past_entries` what of it the layers from each of `layers` hold.
         is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
@@ -215,6 +216,7 @@ class PruningPlan:
         attention_mask: torch.Tensor | None = None,
         grids: Sequence[VisualGrid] = (),
         settings: PruningSettings | None = None,
+        method: PruningMethod | None = None,
         prepared_masks: dict[int, torch.Tensor] | None = None,
         past_length: int = 0,
         past_entries: dict[int, int] | None = None,
@@ -227,7 +229,7 @@ class PruningPlan:
         self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
         self.layer_types, self.is_token, self._linear_inputs = layer_types_of(self.config), is_token, {}
-        self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
+        self.method = method
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
         self.corrects_attention = False
@@ -757,7 +759,8 @@ def make_plan(
             stage.own_mask = prepared.get(f"{PRUNED_MASK}{stage.layer}{OWN}")
         plan.correct_attention(states)
         return plan
-    new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
+    method = settings.method_for(decoder.config.num_hidden_layers)
+    new_layers = list(method.stage_layers())
     if states and layers != new_layers:
         raise ValueError(
             f"The cache was pruned at {_name_layers(layers)}, this call would prune at {_name_layers(new_layers)}. "
@@ -799,6 +802,7 @@ def make_plan(
         attention_mask,
         grids,
         settings,
+        method,
         past_length=past_length,
         past_entries=past_entries,
         is_text=is_text,
