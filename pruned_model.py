@@ -241,7 +241,7 @@ class PrunedModelMixin:
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
         position_ids = self.resolve_position_ids(
-            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, kwargs
         )
         inputs = {
             "attention_mask": attention_mask,
@@ -432,7 +432,7 @@ class PrunedModelMixin:
         return None
 
     def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, inputs: dict
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, is_stock_call: bool, inputs: dict
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
