@@ -52,6 +52,7 @@ from transformers.dynamic_module_utils import get_cached_module_file, get_relati
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import HF_MODULES_CACHE, logging
 
+from .pruning_contract import check_method
 from .pruning_method import PruningMethod
 from .pruning_methods import METHODS
 
@@ -318,6 +319,7 @@ class PruningConfig(method_keys()):
         if self.pruning_method == "none" or ratio == 0:
             return None
         method = self._method(parameters)
+        check_method(method)
         self._refuse_what_can_not_be(method)
         name, positions, looks_at = self.pruning_method, self.pruning_positions, method.looks_at
         return PruningSettings(float(ratio), self.pruning_layer, parameters, name, positions, looks_at)

@@ -42,6 +42,7 @@ from .pruned_cache import (
     pruning_states,
     state_of_layer,
 )
+from .pruning_contract import checked_counts, checked_merge, checked_selection, checked_sizes
 from .pruning_method import PruningMethod, StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
@@ -235,7 +236,9 @@ class PruningPlan:
         self.corrects_attention = False
         self.tokens: PackedGrids | None = None
         self.record: PruningRecord | None = None
-        counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
+        sizes = [(len(grid.columns), grid.num_keep) for grid in grids]
+        counts_of = {size: checked_counts(method, *size) for size in dict.fromkeys(sizes)}
+        counts = [counts_of[size] for size in sizes]
         self.stages, prepared_masks = [], prepared_masks or {}
         for number, layer in enumerate(layers):
             earlier = self.stages[-1] if self.stages else None
@@ -438,7 +441,7 @@ class PruningPlan:
             batch=tokens.batch,
             signals=self._signals(stage, tokens, below, hidden_states, embeddings, cache) if looks_further else {},
         )
-        selection = self.method.select_batch(view)
+        selection = checked_selection(self.method, view)
         if not self.method.counts_are_known:
             counts = tokens.counts_of_rows(selection.counts)
             stage.mask = self._make_mask(stage.layer, hidden_states, cache, counts)
@@ -454,7 +457,8 @@ class PruningPlan:
             return packed
         # A gradient belongs to this run of the layer.
         states = choice.tokens.take(hidden_states) if torch.is_grad_enabled() else choice.view.hidden_states
-        merged = self.method.merge(states, choice.selection, self._with_tower_states(choice.view, tower_states))
+        view = self._with_tower_states(choice.view, tower_states)
+        merged = checked_merge(self.method, states, choice.selection, view)
         return packed.index_put_(choice.packing.merged_places, merged)
 
     def _with_tower_states(self, view: StageTokens, tower_states: Sequence[torch.Tensor]) -> StageTokens:
@@ -505,7 +509,7 @@ class PruningPlan:
         """How many tokens each packed one stands for, in the stage's layer and in those above. [batch, packed_length, 2]"""
         index = choice.packing.index
         sizes = torch.ones(*index.shape, 2, device=index.device)
-        return sizes.index_put_(choice.packing.merged_places, self.method.sizes(choice.selection, choice.view))
+        return sizes.index_put_(choice.packing.merged_places, checked_sizes(self.method, choice.selection, choice.view))
 
     @torch.no_grad()
     def _corrected_masks(
