@@ -235,7 +235,7 @@ def _prune_model(model: PreTrainedModel, keys: dict) -> None:
     config = model.config
     if is_ours(type(model)):
         changed = _pruned_config(config, type(config), keys)
-        model_below(model).refuse_unknown_tower(changed)
+        _refuse_unknown_tower(model, changed)
         _become(config, changed)
         return
     config_class = _config_class_for(undecorated(type(model)))
@@ -255,7 +255,7 @@ def _prune_model(model: PreTrainedModel, keys: dict) -> None:
     _become(config, changed)
     _change_classes(model, new_classes, redirections)
     try:
-        model_below(model).refuse_unknown_tower()
+        _refuse_unknown_tower(model, config)
     except ValueError:
         _unprune_model(model)
         _become(config, stock_config)
@@ -284,9 +284,11 @@ def _unprune_model(model: PreTrainedModel) -> None:
     _change_classes(model, new_classes, redirections)
 
 
-def model_below(model: PreTrainedModel) -> nn.Module:
-    """Of a pruned model, the one without a head, which it may be itself."""
-    return next(module for module in model.modules() if hasattr(module, "refuse_unknown_tower"))
+def _refuse_unknown_tower(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Of a model in our classes; see `PrunedModelMixin.refuse_unknown_tower`."""
+    if (settings := config.pruning_settings()) is not None:
+        below = next(module for module in model.modules() if hasattr(module, "refuse_unknown_tower"))
+        below.refuse_unknown_tower(settings)
 
 
 def _pruned_config(config, ours: type, keys: dict) -> PruningConfig:

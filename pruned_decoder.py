@@ -43,7 +43,8 @@ from .pruned_cache import (
     stage_mask,
     state_of_layer,
 )
-from .pruning_method import StageTokens
+from .pruning_contract import checked_counts, checked_merge, checked_selection, checked_sizes
+from .pruning_method import PruningMethod, StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
 from .stock_lookups import undecorated
@@ -191,7 +192,8 @@ class PruningPlan:
         layers: those at whose input tokens leave, ascending.
         attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
         grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
-        settings: how to select; None in such a call.
+        settings: how to select, and
+        method: which selects so; None in such a call.
         prepared_masks: layer -> mask, where `generate` made them in advance.
         past_length: full sequence length before the call, and `past_entries` what of it the layers from each of `layers` hold.
         is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
@@ -217,6 +219,7 @@ class PruningPlan:
         attention_mask: torch.Tensor | None = None,
         grids: Sequence[VisualGrid] = (),
         settings: PruningSettings | None = None,
+        method: PruningMethod | None = None,
         prepared_masks: dict[int, torch.Tensor] | None = None,
         past_length: int = 0,
         past_entries: dict[int, int] | None = None,
@@ -229,13 +232,15 @@ class PruningPlan:
         self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
         self.layer_types, self.is_token, self._linear_inputs = layer_types_of(self.config), is_token, {}
-        self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
+        self.method = method
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
         self.corrects_attention = False
         self.tokens: PackedGrids | None = None
         self.record: PruningRecord | None = None
-        counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
+        sizes = [(len(grid.columns), grid.num_keep) for grid in grids]
+        counts_of = {size: checked_counts(method, *size) for size in dict.fromkeys(sizes)}
+        counts = [counts_of[size] for size in sizes]
         self.stages, prepared_masks = [], prepared_masks or {}
         for number, layer in enumerate(layers):
             earlier = self.stages[-1] if self.stages else None
@@ -464,7 +469,7 @@ class PruningPlan:
             batch=tokens.batch,
             signals=self._signals(stage, tokens, below, hidden_states, embeddings, cache) if looks_further else {},
         )
-        selection = self.method.select_batch(view)
+        selection = checked_selection(self.method, view)
         if not self.method.counts_are_known:
             counts = tokens.counts_of_rows(selection.counts)
             stage.mask = self._make_mask(stage.layer, hidden_states, cache, counts)
@@ -480,7 +485,8 @@ class PruningPlan:
             return packed
         # A gradient belongs to this run of the layer.
         states = choice.tokens.take(hidden_states) if torch.is_grad_enabled() else choice.view.hidden_states
-        merged = self.method.merge(states, choice.selection, self._with_tower_states(choice.view, tower_states))
+        view = self._with_tower_states(choice.view, tower_states)
+        merged = checked_merge(self.method, states, choice.selection, view)
         return packed.index_put_(choice.packing.merged_places, merged)
 
     def _with_tower_states(self, view: StageTokens, tower_states: Sequence[torch.Tensor]) -> StageTokens:
@@ -531,7 +537,7 @@ class PruningPlan:
         """How many tokens each packed one stands for, in the stage's layer and in those above. [batch, packed_length, 2]"""
         index = choice.packing.index
         sizes = torch.ones(*index.shape, 2, device=index.device)
-        return sizes.index_put_(choice.packing.merged_places, self.method.sizes(choice.selection, choice.view))
+        return sizes.index_put_(choice.packing.merged_places, checked_sizes(self.method, choice.selection, choice.view))
 
     @torch.no_grad()
     def _corrected_masks(
@@ -830,6 +836,7 @@ def make_plan(
         attention_mask,
         grids,
         settings,
+        method,
         past_length=past_length,
         past_entries=past_entries,
         is_text=is_text,

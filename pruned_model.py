@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import wraps
@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio, encoding_for
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -222,11 +222,11 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
 
     def __init__(self, config):
         register_model_type(type(config))  # again, for libraries that came after the config class
-        config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
+        settings = config.pruning_settings()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         prune_decoder(self.get_decoder(), self.decoder_layers)
-        if config.pruning_settings() is not None:
-            self.refuse_unknown_tower()
+        if settings is not None:
+            self.refuse_unknown_tower(settings)
 
     @takes_stock_positions
     @takes_cache
@@ -250,15 +250,15 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         if settings is not None:
-            self.refuse_unknown_tower()
+            self.refuse_unknown_tower(settings)
             if request.question is not None:
-                self.config.refuse_question()
+                self.config.refuse_question(settings)
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
         has_positions = position_ids is not None
         position_ids = self.resolve_position_ids(
-            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, kwargs
         )
         inputs = {
             "attention_mask": attention_mask,
@@ -268,7 +268,8 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
             "return_dict": True,
         }
         if is_stock_call:
-            outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+            with encoding_for(self.config, None) if has_visuals else nullcontext():
+                outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
             if self.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
                 note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
@@ -301,7 +302,10 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
             attention_mask = mask_of_entries(self.get_decoder().config, inputs_embeds, attention_mask, cache, 0)
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
-        encoded = self._encode(kwargs) if self.has_visuals(kwargs) else {}
+        encoded = {}
+        if self.has_visuals(kwargs):
+            with encoding_for(self.config, settings):
+                encoded = self._encode(kwargs)
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
@@ -366,14 +370,12 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
             )
         return blocks[number]
 
-    def refuse_unknown_tower(self, config: PruningConfig | None = None) -> None:
-        """Raise a ValueError where the method of `config`, by default the model's, looks at a vision tower of which nobody says
-        how."""
-        config = config or self.config
-        if config.looks_at_tower and self.tower_blocks() is None:
+    def refuse_unknown_tower(self, settings: PruningSettings) -> None:
+        """Raise a ValueError where a method looks at a vision tower of which nobody says how."""
+        if "tower" in settings.looks_at and self.tower_blocks() is None:
             raise ValueError(
-                f"pruning_method {config.pruning_method!r} looks at the attention in the vision tower, but what that is "
-                f"in a {config.model_type} model with a tower of type {config.vision_config.model_type!r} is not "
+                f"pruning_method {settings.method!r} looks at the attention in the vision tower, but what that is "
+                f"in a {self.config.model_type} model with a tower of type {self.config.vision_config.model_type!r} is not "
                 "known. Choose a method that does not look at the tower."
             )
 
@@ -458,7 +460,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         return None
 
     def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, inputs: dict
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, is_stock_call: bool, inputs: dict
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
@@ -533,14 +535,25 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
             raise ValueError(f"A generation config holds pruning_ratio alone, but this one has {', '.join(others)} too.")
         if keys and (ratio := vars(generation_config).pop("pruning_ratio")) is not None:
             model_kwargs["pruning_ratio"] = ratio
-        settings = self.config.pruning_settings(model_kwargs.get("pruning_ratio"))
+        if (ratio := model_kwargs.get("pruning_ratio")) is not None:
+            check_ratio(ratio)
         chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and settings is not None and self.model.has_visuals(model_kwargs):
+        if chunk_size is not None and self._settings_of_generation(model_kwargs) is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among all tokens of an image. "
                 "Set prefill_chunk_size=None, or pruning_ratio=0."
             )
         return generation_config, model_kwargs
+
+    def _settings_of_generation(self, model_kwargs: dict) -> PruningSettings | None:
+        """What the prefill of `generate` prunes; None for nothing."""
+        has_visuals = self.model.has_visuals(model_kwargs)
+        return self.config.pruning_settings(model_kwargs.get("pruning_ratio")) if has_visuals else None
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        """The stock method, which some versions have: images and videos are encoded before the prefill."""
+        with encoding_for(self.model.config, self._settings_of_generation(model_kwargs)):
+            return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
         """The stock method. Without a cache, each step runs the whole sequence again and must keep what the first one kept: the
