@@ -59,12 +59,12 @@ def later_turns(kind, has_mask=True, padding_side="left"):
 
     def run(family, model):
         firsts, seconds = ([ROW, ROWS[0]], [([picture(2)], "And now?"), ([], "Why do you say so?")])
-        turns = [make_inputs(family, rows[: 2 if has_mask else 1], padding_side) for rows in (firsts, seconds)]
-        turns += [{"input_ids": torch.full((len(turns[0]["input_ids"]), 1), token)} for token in (9, 10)]
+        turns = [make_inputs(family, rows[: 2 if has_mask else 1], padding_side).to(model.device) for rows in (firsts, seconds)]
+        turns += [{"input_ids": torch.full_like(turns[0]["input_ids"][:, :1], token)} for token in (9, 10)]
         room = sum(turn["input_ids"].shape[1] for turn in turns) + 5
         config = model.config.get_text_config()
         cache = StaticCache(config=config, max_cache_len=room) if kind == "static" else DynamicCache(config=config)
-        logits, mask = [], torch.zeros(len(turns[0]["input_ids"]), 0, dtype=torch.long)
+        logits, mask = [], turns[0]["attention_mask"][:, :0]
         for turn in turns:
             mask = torch.cat([mask, turn.get("attention_mask", torch.ones_like(turn["input_ids"]))], dim=1)
             places = {} if "mm_token_type_ids" in turns[0] or not has_mask else positions(turn, mask)
