@@ -28,6 +28,7 @@ LLAVA, QWEN, GLM_MOE, MISTRAL, HYBRID = (FAMILIES[name] for name in ("llava", "q
 ROW = ([picture(1)], "What is in the picture?")
 ROWS = [([], "Say something about nothing at all, please."), ROW]
 IS_TOWER_OLD = Version(transformers.__version__) < Version("5.20")
+KERNEL = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
 STATIC = {"cache_implementation": "static"}
 
 
@@ -130,10 +131,10 @@ PAIRS = [
 def test_a_family_computes_what_it_does_with_sdpa(family, mode):
     if mode == "static, prompt lookup" and not StaticLayer.is_croppable:
         pytest.skip("before transformers 5.24, speculative decoding refuses a static cache")
-    if family is MISTRAL and IS_TOWER_OLD:
-        pytest.skip("before transformers 5.20, FlashAttention is refused in a Pixtral tower")
     expected = with_sdpa(family, SAME_AS.get(mode, mode))
     with flash_attention(load_pruned(family)) as model, torch.no_grad():
+        if family is MISTRAL and IS_TOWER_OLD:
+            model.config.vision_config._attn_implementation = "sdpa"  # the other is refused
         torch.testing.assert_close(MODES[mode](family, model), expected, rtol=0, atol=family.tolerance)
 
 
@@ -168,10 +169,16 @@ def test_other_names(name):
         torch.testing.assert_close(MODES["static"](QWEN, model), expected, rtol=0, atol=1e-4)
 
 
-def test_loaded_by_name():
-    model = QWEN.pruned_class.from_pretrained(small_checkpoint(QWEN), attn_implementation="flash_attention_2")
-    assert model.get_decoder().config._attn_implementation == FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
-    outputs = generate(model, make_inputs(QWEN, ROWS), **STATIC)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(QWEN, "flash_attention_2"), (MISTRAL, {"text_config": "flash_attention_2", "vision_config": "sdpa"})],
+    ids=["all", "language model"],
+)
+def test_loaded_by_name(family, name):
+    model = family.pruned_class.from_pretrained(small_checkpoint(family), attn_implementation=name)
+    names = [config._attn_implementation for config in (model.get_decoder().config, model.config.vision_config)]
+    assert names == [KERNEL, KERNEL if family is QWEN else "sdpa"]
+    outputs = generate(model, make_inputs(family, ROWS), **STATIC)
     assert isinstance(cache_of(outputs), StaticCache) and len(cache_of(outputs).pruning_record) == 1
 
 
