@@ -50,7 +50,6 @@ class Qwen2_5_VLDecoderLayer(PrunedLayerMixin, modeling_qwen2_5_vl.Qwen2_5_VLDec
 class PrunedQwenModelMixin(PrunedModelMixin):
     """Put in front of a stock Qwen-VL model."""
 
-    has_mrope = True
     encoder_inputs = {
         "image": ("pixel_values", ("image_grid_thw",)),
         "video": ("pixel_values_videos", ("video_grid_thw",)),

@@ -212,7 +212,6 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     decoder_layers: Sequence[type]  # for `prune_decoder`
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
-    has_mrope: bool = False  # whether positions have several axes
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
 
     def __init_subclass__(cls):
@@ -270,7 +269,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         if is_stock_call:
             with encoding_for(self.config, None) if has_visuals else nullcontext():
                 outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
-            if self.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
+            if self.config.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
                 note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
             request.has_positions = has_positions
@@ -468,7 +467,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     def may_count_padding(self, cache: Cache | None) -> bool:
         """Whether the positions of a cache's tokens may count padding, as the decoder's own do."""
         notes = found_notes(cache)
-        return not self.has_mrope if notes is None else notes.count_padding
+        return not self.config.has_mrope if notes is None else notes.count_padding
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""

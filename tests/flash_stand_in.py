@@ -55,7 +55,7 @@ def flash_attn_varlen_func(
     window_size=(-1, -1),
     deterministic=False,
 ):
-    """Rows one after another: q [queries of all rows, heads, head_dim]; `cu_seqlens_q` has where each begins, and the end."""
+    """Rows one after another: q [queries of all rows, heads, head_dim]. `cu_seqlens_q` says where each begins, and the end."""
     assert q.ndim == k.ndim == 3 and k.shape == v.shape, (q.shape, k.shape, v.shape)
     assert dropout_p == 0, dropout_p
     parts = []

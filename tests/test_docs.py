@@ -20,6 +20,8 @@ STAND_INS = {"llava-hf/llava-1.5-7b-hf": str(ROOT)}
 EXPORT = "llava-pruned"
 # (page, how the block begins) -> why it does not run here.
 NOT_RUN = {
+    ("docs/attention.md", 'pip install -e ".[flash-attn]"'): "needs a GPU",
+    ("docs/attention.md", "from transformers"): "needs a GPU; tests/test_flash_attention.py loads so with a stand-in",
     ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",

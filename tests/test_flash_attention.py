@@ -1,29 +1,34 @@
 """FlashAttention as the attention of every family and method, on a CPU: `flash_stand_in.py` is in place of its kernels, and all
 around it is the library's. Everything is compared with sdpa, for which the other files say what is right."""
 
-import re
 from functools import lru_cache
 
 import flash_stand_in
 import pytest
 import torch
+import transformers
 from families import FAMILIES, load_pruned, load_stock, make_inputs, picture, small_checkpoint
 from flash_stand_in import flash_attention
+from packaging.version import Version
 from test_families import generate, positions, step_logits
 from test_methods import load_method
+from test_towers import llava_with_pixtral, pictures_of
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
+from vlmpruner import modeling_vlmpruner_llava
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.pruning_methods import METHODS
 
 
-LLAVA, QWEN, GLM_MOE, HYBRID = (FAMILIES[name] for name in ("llava", "qwen2_vl", "glm4v_moe", "qwen3_5"))
+LLAVA, QWEN, GLM_MOE, MISTRAL, HYBRID = (FAMILIES[name] for name in ("llava", "qwen2_vl", "glm4v_moe", "mistral3", "qwen3_5"))
 ROW = ([picture(1)], "What is in the picture?")
 ROWS = [([], "Say something about nothing at all, please."), ROW]
+IS_TOWER_OLD = Version(transformers.__version__) < Version("5.20")
+KERNEL = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
 STATIC = {"cache_implementation": "static"}
 
 
@@ -55,12 +60,12 @@ def later_turns(kind, has_mask=True, padding_side="left"):
 
     def run(family, model):
         firsts, seconds = ([ROW, ROWS[0]], [([picture(2)], "And now?"), ([], "Why do you say so?")])
-        turns = [make_inputs(family, rows[: 2 if has_mask else 1], padding_side) for rows in (firsts, seconds)]
-        turns += [{"input_ids": torch.full((len(turns[0]["input_ids"]), 1), token)} for token in (9, 10)]
+        turns = [make_inputs(family, rows[: 2 if has_mask else 1], padding_side).to(model.device) for rows in (firsts, seconds)]
+        turns += [{"input_ids": torch.full_like(turns[0]["input_ids"][:, :1], token)} for token in (9, 10)]
         room = sum(turn["input_ids"].shape[1] for turn in turns) + 5
         config = model.config.get_text_config()
         cache = StaticCache(config=config, max_cache_len=room) if kind == "static" else DynamicCache(config=config)
-        logits, mask = [], torch.zeros(len(turns[0]["input_ids"]), 0, dtype=torch.long)
+        logits, mask = [], turns[0]["attention_mask"][:, :0]
         for turn in turns:
             mask = torch.cat([mask, turn.get("attention_mask", torch.ones_like(turn["input_ids"]))], dim=1)
             places = {} if "mm_token_type_ids" in turns[0] or not has_mask else positions(turn, mask)
@@ -128,6 +133,8 @@ def test_a_family_computes_what_it_does_with_sdpa(family, mode):
         pytest.skip("before transformers 5.24, speculative decoding refuses a static cache")
     expected = with_sdpa(family, SAME_AS.get(mode, mode))
     with flash_attention(load_pruned(family)) as model, torch.no_grad():
+        if family is MISTRAL and IS_TOWER_OLD:
+            model.config.vision_config._attn_implementation = "sdpa"  # the other is refused
         torch.testing.assert_close(MODES[mode](family, model), expected, rtol=0, atol=family.tolerance)
 
 
@@ -162,10 +169,16 @@ def test_other_names(name):
         torch.testing.assert_close(MODES["static"](QWEN, model), expected, rtol=0, atol=1e-4)
 
 
-def test_loaded_by_name():
-    model = QWEN.pruned_class.from_pretrained(small_checkpoint(QWEN), attn_implementation="flash_attention_2")
-    assert model.get_decoder().config._attn_implementation == FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
-    outputs = generate(model, make_inputs(QWEN, ROWS), **STATIC)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(QWEN, "flash_attention_2"), (MISTRAL, {"text_config": "flash_attention_2", "vision_config": "sdpa"})],
+    ids=["all", "language model"],
+)
+def test_loaded_by_name(family, name):
+    model = family.pruned_class.from_pretrained(small_checkpoint(family), attn_implementation=name)
+    names = [config._attn_implementation for config in (model.get_decoder().config, model.config.vision_config)]
+    assert names == [KERNEL, KERNEL if family is QWEN else "sdpa"]
+    outputs = generate(model, make_inputs(family, ROWS), **STATIC)
     assert isinstance(cache_of(outputs), StaticCache) and len(cache_of(outputs).pruning_record) == 1
 
 
@@ -187,6 +200,30 @@ def test_a_row_of_glm_with_experts_is_no_packed_row():
         assert_equal(load_pruned(GLM_MOE), lambda model, ratio=ratio: model(**inputs, pruning_ratio=ratio).logits)
 
 
+@pytest.fixture(params=["mistral3", "llava"])
+def with_pixtral(request):
+    """A model with a tower of Pixtral's kind, and images of several sizes."""
+    model = load_pruned(MISTRAL) if request.param == "mistral3" else llava_with_pixtral()
+    return model, pictures_of([(6, 8), (5, 7), (2, 4)], model.config.vision_config.patch_size)
+
+
+@pytest.mark.skipif(IS_TOWER_OLD, reason="FlashAttention is refused in a Pixtral tower before transformers 5.20")
+def test_images_in_a_pixtral_tower(with_pixtral):
+    model, pictures = with_pixtral
+    assert_equal(model, lambda model: torch.cat(list(model.get_image_features(**pictures).pooler_output)))
+
+
+def test_an_old_pixtral_tower_is_refused(with_pixtral, monkeypatch):
+    """Its positions have two axes, and are no packed rows either. The language model alone may have FlashAttention."""
+    model, pictures = with_pixtral
+    monkeypatch.setattr(modeling_vlmpruner_llava.transformers, "__version__", "5.19.0")
+    with flash_attention(model):
+        with pytest.raises(ValueError, match=r'5\.19\.0 computes a Pixtral vision .*flash.*"vision_config": "sdpa"'):
+            model.get_image_features(**pictures)
+        model.config.vision_config._attn_implementation = "sdpa"
+        assert len(model.get_image_features(**pictures).pooler_output) == 3
+
+
 def test_gradients():
     inputs = make_inputs(QWEN, ROWS)
     found = []
@@ -205,15 +242,15 @@ def test_attention_without_a_mask_is_refused_where_it_needs_one(name):
     except by attention of continuous batching, which is not causal by itself."""
     AttentionInterface.register("unmasked", sdpa_attention_forward)
     model, one_row = load_pruned(QWEN), logits_of([ROW])
-    refused = [logits_of([ROW], **STATIC), logits_of(ROWS)]
+    refused, refusal = [logits_of([ROW], **STATIC), logits_of(ROWS)], r"no mask for attn_implementation 'unmasked', so pruned"
     expected = one_row(QWEN, model)
     with flash_attention(model, name):
         if name == "unmasked":
             assert torch.equal(one_row(QWEN, model), expected)
         else:
-            refused.append(one_row)
+            refused, refusal = [*refused, one_row], r"`?paged\|eager"  # versions up to 5.22 refuse it too
         for run in refused:
-            with pytest.raises(ValueError, match=rf"makes no mask for attn_implementation {re.escape(repr(name))}, so pruned"):
+            with pytest.raises(ValueError, match=refusal):
                 run(QWEN, model)
 
 
