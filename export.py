@@ -116,6 +116,15 @@ def pruning_fields():
     return fields(own("configuration_vlmpruner.PruningConfig"))
 
 
+def check_path(path: str | os.PathLike) -> None:
+    """Raise a ValueError for a path that is no UTF-8, by which the tokenizers library reads and writes no file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path)
+        raise ValueError(f"The path {name!r} is no UTF-8, and tokenizers need one that is: choose another.") from None
+
+
 @dataclass(frozen=True)
 class Base:
     """A base checkpoint. `folder` holds its small files; the shards of a Hub model come with `fetch_shards`."""
@@ -126,6 +135,7 @@ class Base:
 
     @classmethod
     def open(cls, base: str, revision: str | None = None) -> "Base":
+        check_path(base)
         folder = Path(base).expanduser()
         if folder.is_dir():
             checkpoint = cls(folder.resolve().name, folder.resolve(), None)
@@ -371,6 +381,8 @@ def export_model(
         validate_repo_id(push_to_hub)
     if to_base and results is not None:
         raise ValueError(f"A base model is not pruned, so the results {results} are not of it.")
+    for path in (base, output):
+        check_path(path)
     report(f"reading {base}")
     source = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()

@@ -312,6 +312,16 @@ def test_a_tokenizer_that_is_another_when_saved_is_refused(base, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.once
+def test_a_path_that_is_no_utf8_is_named(tmp_path, command):
+    """The library's tokenizers open none, which read as if the base's files were broken."""
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    for arguments in ((LLAVA, "--output", bad), (bad, "--output", tmp_path / "out")):
+        status, out, error = command(*arguments)
+        assert (status, out) == (2, "")
+        assert re.search(r"The path b'.*caf\\xe9' is no UTF-8, and tokenizers need one that is", error)
+
+
 def key_of(flag: str) -> str:
     return "pruning_" + flag.removeprefix("--").replace("-", "_")
 
