@@ -1,20 +1,20 @@
 """What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
 
+import gc
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields as dataclass_fields
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
@@ -49,6 +49,9 @@ LOSS_ELSEWHERE = (
     "a loss that is computed elsewhere must leave out the labels that they would predict, those of image placeholders above "
     "all. Pass labels to the model, or use Trainer(compute_loss_func=model.loss_of_kept_tokens), or train on answers alone."
 )
+
+# What TRL tags a model with in trainers that load a reference model from the path of the model's config.
+REFERENCE_TAGS = frozenset({"dpo", "kto", "grpo", "gmpo", "a2po", "rloo"})
 
 
 class PruningRequest:
@@ -166,11 +169,11 @@ def refuse_unsupported(attention_mask, kwargs: dict) -> None:
 
 def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None:
     """Give outputs the fields of the stock class's that hold what the encoder made, in place."""
-    fields = {field.name for field in dataclass_fields(outputs)}
+    names = {field.name for field in fields(outputs)}
     for visual in visuals:
-        if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
+        if f"{visual.modality}_outputs" in names:  # from transformers 5.24 on
             outputs[f"{visual.modality}_outputs"] = encoded[visual.modality]
-        elif f"{visual.modality}_hidden_states" in fields:
+        elif f"{visual.modality}_hidden_states" in names:
             outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
 
 
@@ -518,6 +521,14 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
             leave_record(outputs, found[0])
         return outputs
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """See `PreTrainedModel.add_model_tags`. TRL's trainers call it once they have their models, and some have loaded a
+        reference model from the path of the config: a warning tells where that is not pruned as this model."""
+        super().add_model_tags(tags)
+        # With adapters the reference is this model without them.
+        if not REFERENCE_TAGS.isdisjoint([tags] if isinstance(tags, str) else tags) and not hasattr(self, "peft_config"):
+            warn_of_other_reference(self)
+
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
         from the model's. There it would be lost, and the argument with it.
@@ -717,6 +728,28 @@ def pruning_keys_of_generation(name: str | os.PathLike | None, hub: dict) -> dic
         return {}
     content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key.startswith("pruning_")}
+
+
+def warn_of_other_reference(model) -> None:
+    """Warn where a model from the same path, as a trainer's reference model is, is not pruned as this one."""
+    gc.collect()  # what nothing holds any more
+    path, here = model.config.name_or_path, settings_in_words(model.config)
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel) and each.can_generate()]
+    there = [settings_in_words(each.config) for each in models if each.config.name_or_path == path]
+    if other := next((each for each in there if each != here), None):
+        logger.warning(
+            f"The model in training is {here}. Another from {path} is {other}. If it is the reference model, as of a trainer "
+            "that was given none, the loss compares models that see other tokens. Train what is loaded from a folder to which "
+            "save_pretrained wrote it, or give the trainer a reference model that is pruned alike. See docs/training.md."
+        )
+
+
+def settings_in_words(config) -> str:
+    """How a model is pruned, by a config of ours or of a stock class."""
+    if not hasattr(config, "pruning_settings") or config.pruning_settings() is None:
+        return "unpruned"
+    values = {field.name: getattr(config, field.name) for field in fields(PruningConfig)}
+    return "pruned with " + ", ".join(f"{key}={value!r}" for key, value in values.items() if value is not None)
 
 
 def _holds_pixels(pixels) -> bool:
