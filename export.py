@@ -642,6 +642,9 @@ def with_own_code(content, auto_map: dict[str, str]):
 def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[str], None]) -> None:
     """Processor and tokenizer, of our class for one of our configs, else of the stock class.
 
+    A tokenizer that the library warns of, and marks so, is mended here. It knows such a tokenizer by the model type and the
+    version that `config.json` states, which are others from here on, so that `fix_mistral_regex=True` would do nothing.
+
     Raises:
         ValueError: naming the files that can not be read.
     """
@@ -651,7 +654,7 @@ def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[st
         processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        if getattr(processor.tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:  # so the library warns of it
+        if getattr(getattr(processor.tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
             processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False, fix_mistral_regex=True)
             report(f"the tokenizer of {checkpoint.name} splits words wrongly: mended, as fix_mistral_regex=True does")
         for key in getattr(config, "processor_keys", ()):

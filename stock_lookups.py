@@ -6,8 +6,8 @@ class, or read the file that holds it. Our configs have model types of their own
 files hold a difference alone. So such a look-up would find nothing, mostly without a word. Here it finds what it finds for the
 base model:
 
-- By model type: ours stand in the same tables with the base's entry (`TABLES`), from the moment when the config classes are
-  imported. A library that is imported later gets them when the next model is made.
+- By model type or config class: ours stand in the same tables with the base's entry (`TABLES`, `TABLES_BY_CONFIG`), from the
+  moment when the config classes are imported. A library that is imported later gets them when the next model is made.
 - By class name: a renaming of weights is registered for a class of ours when the class is made.
 - By source file: `AskedAsStockMixin` hands the question on to the stock class. `processing.py` does so for processors.
 
@@ -18,16 +18,12 @@ type stops with an error. For the same reason `AutoConfig` has no entry of ours:
 
 import sys
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-
-# Imported for their tables: a processor may be loaded before anything else needs them.
-from transformers.models.auto import (  # noqa: F401
-    image_processing_auto,
-    modeling_auto,
-    processing_auto,
-    tokenization_auto,
-    video_processing_auto,
+from transformers.conversion_mapping import (
+    USER_REGISTERED_MAPPINGS,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto import image_processing_auto, tokenization_auto, video_processing_auto
 
 
 # Module -> its tables, of which a version may lack some. Others are not for ours: they choose the class of a config or a model.
@@ -50,6 +46,12 @@ TABLES = {
     "peft.utils.transformers_weight_conversion": ("_MODEL_TO_CONVERSION_PATTERN",),
     "peft.utils.constants": ("TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING",),
 }
+# Tables by config class. That of processors is not among them, because ours have classes of their own.
+TABLES_BY_CONFIG = (
+    tokenization_auto.TOKENIZER_MAPPING,
+    image_processing_auto.IMAGE_PROCESSOR_MAPPING,
+    video_processing_auto.VIDEO_PROCESSOR_MAPPING,
+)
 
 
 def stock_class(our_class: type) -> type | None:
@@ -72,6 +74,8 @@ def register_model_type(config_class: type) -> None:
     for module, names in TABLES.items():
         for name in names:
             _add_entry(getattr(sys.modules.get(module), name, {}), own, base, class_names)
+    for table in TABLES_BY_CONFIG:
+        getattr(table, "_reverse_config_mapping", {}).setdefault(config_class.__name__, base)
     register_weight_renaming(own, base)
 
 
@@ -92,9 +96,11 @@ def register_weight_renaming(own: str, stock: str) -> None:
 
     It skips custom code of which neither is registered, and the weights stay as they were drawn.
     """
+    if own in USER_REGISTERED_MAPPINGS:
+        return  # and it may hold more by now, of a fusion of layers
     renaming = get_checkpoint_conversion_mapping(stock)
-    if renaming is not None and get_checkpoint_conversion_mapping(own) is None:  # else it may hold more, of a fusion of layers
-        register_checkpoint_conversion_mapping(own, renaming)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(own, renaming, overwrite=True)
 
 
 class AskedAsStockMixin:
