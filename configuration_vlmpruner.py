@@ -17,6 +17,7 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
     needed = f"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"
     raise ImportError(f'This code needs {needed}, but {transformers.__version__} is installed. Run pip install "{needed}".')
 
+import filecmp
 import math
 import os
 import shutil
@@ -193,26 +194,28 @@ class PruningConfig(method_keys()):
         """See `PreTrainedConfig.save_pretrained`, which copies the code of this class alone. Here the code of all classes that
         `auto_map` names comes along, so that `AutoModel.from_config` finds it."""
         super().save_pretrained(save_directory)
-        for reference in self.auto_map_targets.values():
-            self._copy_code(reference.split(".")[0], Path(save_directory))
+        modules = dict.fromkeys(reference.split(".")[0] for reference in self.auto_map_targets.values())
+        files = {path.name: path for module in modules for path in self._code_of(module)}
+        for name, path in files.items():
+            copy = Path(save_directory) / name
+            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                shutil.copyfile(path, copy)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    def _copy_code(self, module: str, folder: Path):
-        """Copy a module and what it imports: from beside this file, or, where the library has loaded the code of the config
-        alone, from the repo that it came from."""
+    def _code_of(self, module: str) -> list[Path]:
+        """The files of a module and of what it imports: from beside this file, or, where the library has loaded the code of the
+        config alone, from the repo that it came from."""
         source = Path(__file__).parent
         if not (source / f"{module}.py").is_file():
             try:
                 revision = getattr(self, "_commit_hash", None)
                 cached = get_cached_module_file(self.name_or_path, f"{module}.py", revision=revision)
             except OSError as error:
-                logger.warning(f"{folder} lacks {module}.py, which was not found in {self.name_or_path}: {error}")
-                return
+                logger.warning(f"The saved config lacks {module}.py, which was not found in {self.name_or_path}: {error}")
+                return []
             source = Path(HF_MODULES_CACHE, cached).parent
-        for path in code_files({"": module}, source):
-            if not (folder / path.name).exists() or not path.samefile(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+        return code_files({"": module}, source)
 
     def validate_pruning(self):
         """Check every `pruning_*` value. Also run by the library when the config is saved.

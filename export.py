@@ -44,6 +44,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
+from functools import cache
 from glob import escape
 from pathlib import Path
 
@@ -101,8 +102,9 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
 MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
 
 
+@cache
 def own(name: str):
-    """`module.name` of this repo, loaded as `trust_remote_code` loads it."""
+    """`module.name` of this repo, loaded as `trust_remote_code` loads it; once, since the library reads all files each time."""
     return get_class_from_dynamic_module(name, str(ROOT))
 
 

@@ -170,6 +170,14 @@ def test_round_trip_through_a_file(family, tmp_path):
     assert reloaded.pruning_settings().parameters.token_batch == 3
 
 
+@pytest.mark.once
+def test_a_saved_config_copies_each_file_of_its_code_once(tmp_path, monkeypatch):
+    copied, copyfile = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda source, copy: copied.append(Path(copy)) or copyfile(source, copy))
+    config().save_pretrained(tmp_path)
+    assert sorted(copied) == sorted(tmp_path.glob("*.py"))
+
+
 def test_another_models_config_is_refused():
     with pytest.raises(ValueError, match=r"'qwen2_vl'.*'llava'"):
         VLMPrunerLlavaConfig.from_pretrained(DATA / "checkpoints" / "qwen2_vl")
