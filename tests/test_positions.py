@@ -60,6 +60,7 @@ def test_left_padded_row_is_pruned_as_the_row_alone(name, number):
     torch.testing.assert_close(row.logits[:, number:], alone.logits, **close(family))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_chooses_as_of_the_row_alone(family, method):
     if family.name == THREE_AXES and METHODS[method].counts_positions:
@@ -200,6 +201,7 @@ def test_virtual_tokens_of_prompt_tuning_before_a_padded_row(family):
     torch.testing.assert_close(logits[0][1], logits[1][1], **close(family))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", [name for name, each in METHODS.items() if each.looks_at <= {"keys", "tower"}])
 def test_what_looks_at_images_alone_keeps_the_same_once_an_answer_follows(family, method):
     """As trainers score an answer by `forward`: see docs/training.md."""
