@@ -44,6 +44,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
+from functools import cache
 from glob import escape
 from pathlib import Path
 
@@ -96,14 +97,14 @@ TOKENIZER_FILES = [
     "tokenizer.model",
 ]
 IMAGE_FILES = ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"]
-PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json"]
 TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
 MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
 
 
+@cache
 def own(name: str):
-    """`module.name` of this repo, loaded as `trust_remote_code` loads it."""
+    """`module.name` of this repo, loaded as `trust_remote_code` loads it; once, since the library reads all files each time."""
     return get_class_from_dynamic_module(name, str(ROOT))
 
 
@@ -117,6 +118,15 @@ def pruning_fields():
     return fields(own("configuration_vlmpruner.PruningConfig"))
 
 
+def check_path(path: str | os.PathLike) -> None:
+    """Raise a ValueError for a path that is no UTF-8, by which the tokenizers library reads and writes no file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path)
+        raise ValueError(f"The path {name!r} is no UTF-8, and tokenizers need one that is: choose another.") from None
+
+
 @dataclass(frozen=True)
 class Base:
     """A base checkpoint. `folder` holds its small files; the shards of a Hub model come with `fetch_shards`."""
@@ -127,6 +137,7 @@ class Base:
 
     @classmethod
     def open(cls, base: str, revision: str | None = None) -> "Base":
+        check_path(base)
         folder = Path(base).expanduser()
         if folder.is_dir():
             checkpoint = cls(folder.resolve().name, folder.resolve(), None)
@@ -372,6 +383,8 @@ def export_model(
         validate_repo_id(push_to_hub)
     if to_base and results is not None:
         raise ValueError(f"A base model is not pruned, so the results {results} are not of it.")
+    for path in (base, output):
+        check_path(path)
     report(f"reading {base}")
     source = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
@@ -385,7 +398,7 @@ def export_model(
     measured = "" if results is None else measured_section(Path(results), config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            write_small_files(Path(folder), checkpoint, config, name, measured)
+            write_small_files(Path(folder), checkpoint, config, name, measured, report)
             how = "with other names for the weights" if checkpoint is not source else "weights are hard links where possible"
             report_plan(output, sizes | file_sizes(Path(folder)), how, report)
         return output
@@ -393,7 +406,7 @@ def export_model(
         # Its own name within the temporary folder: the library names the module of custom code after it.
         staged = beside / output.name
         staged.mkdir()
-        write_small_files(staged, checkpoint, config, name, measured)
+        write_small_files(staged, checkpoint, config, name, measured, report)
         place_shards(staged, checkpoint, sizes, report)
         if results is not None:
             check_measured(Path(results), staged, checkpoint)
@@ -468,16 +481,15 @@ def pruned_config(checkpoint: Base, pruning: dict):
 def processor_reference(checkpoint: Base, config_class: type) -> str:
     """`module.Class` of our processor for the checkpoint.
 
-    It is the family's, unless the checkpoint's files name another that we have: the library goes by these, not by the model.
-    GLM-4.6V-Flash is a `glm4v` model with a processor of its own, which writes the timestamps of videos in another way.
+    Raises:
+        ValueError: for one with a processor that we do not have.
     """
-    default = config_class.auto_map_targets["AutoProcessor"]
-    files = [checkpoint.read_json(name) for name in PROCESSOR_FILES if (checkpoint.folder / name).is_file()]
-    named = next((content["processor_class"] for content in files if content.get("processor_class")), None)
-    ours = f"VLMPruner{str(named).removeprefix('VLMPruner')}"
-    if named == stock_class(own(default)).__name__ or ours not in own("processing.__all__"):
-        return default
-    return f"processing.{ours}"
+    files = (name for name in own("processing.PROCESSOR_FILES") if (checkpoint.folder / name).is_file())
+    try:
+        processor_class = own("processing.processor_class_of")(config_class, map(checkpoint.read_json, files))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name} can not be exported. {error}") from None
+    return f"processing.{processor_class.__name__}"
 
 
 def stock_config(checkpoint: Base, pruning: dict):
@@ -601,11 +613,11 @@ def write_manifest(folder: Path) -> list[str]:
     return list(files)
 
 
-def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str) -> None:
+def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str, report: Callable[[str], None]) -> None:
     """Everything but the shards."""
     config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
-    write_processor(folder, checkpoint, config)
+    write_processor(folder, checkpoint, config, report)
     for optional in (GENERATION_CONFIG, INDEX):
         if (checkpoint.folder / optional).is_file():
             shutil.copyfile(checkpoint.folder / optional, folder / optional)
@@ -629,8 +641,11 @@ def with_own_code(content, auto_map: dict[str, str]):
     return kept | ({"auto_map": ours} if ours else {})
 
 
-def write_processor(folder: Path, checkpoint: Base, config) -> None:
+def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[str], None]) -> None:
     """Processor and tokenizer, of our class for one of our configs, else of the stock class.
+
+    A tokenizer that the library warns of, and marks so, is mended here. It knows such a tokenizer by the model type and the
+    version that `config.json` states, which are others from here on, so that `fix_mistral_regex=True` would do nothing.
 
     Raises:
         ValueError: naming the files that can not be read.
@@ -641,15 +656,34 @@ def write_processor(folder: Path, checkpoint: Base, config) -> None:
         processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if getattr(getattr(processor.tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+            processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False, fix_mistral_regex=True)
+            report(f"the tokenizer of {checkpoint.name} splits words wrongly: mended, as fix_mistral_regex=True does")
         for key in getattr(config, "processor_keys", ()):
             setattr(processor, key, getattr(config, key))
         for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
             processor.tokenizer.init_kwargs.pop(key, None)
+        if hasattr(processor.tokenizer, "legacy"):  # of Llama's tokenizer: the library reads it and does not save it
+            processor.tokenizer.init_kwargs["legacy"] = processor.tokenizer.legacy
         processor.save_pretrained(folder)
-        processor_class.from_pretrained(folder, trust_remote_code=False)
+        saved = processor_class.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any type: these are values of files that anyone wrote
         names = ", ".join(unreadable_files(checkpoint)) or "The (absent) processor files"
         raise ValueError(f"{names} of {checkpoint.name} can not be read: {describe(error)}") from error
+    check_tokens(saved.tokenizer, processor.tokenizer, checkpoint.name)
+
+
+def check_tokens(saved, tokenizer, name: str) -> None:
+    """Raise a ValueError where a tokenizer that was saved and read again makes other tokens than `tokenizer`, of `name`."""
+    for token in ("", *tokenizer.get_added_vocab()):
+        text = f" It's 12345{token} words{token}of\n\n{token}\nKöln,  {token}漢字\u3000{token}."
+        ids, saved_ids = tokenizer(text).input_ids, saved(text).input_ids
+        if saved_ids != ids:
+            raise ValueError(
+                f"The tokenizer of {name}, a {type(tokenizer).__name__}, makes {ids} of {text!r}, but {saved_ids} after it was "
+                "saved and read again: the library loses one of its settings. Give tokenizer.json all that it does, and "
+                "tokenizer_config.json the tokenizer_class 'PreTrainedTokenizerFast'."
+            )
 
 
 def unreadable_files(checkpoint: Base) -> list[str]:

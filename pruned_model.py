@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
@@ -15,26 +15,27 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio, encoding_for
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
     cache_of,
     continued_padding_mask,
     found_notes,
-    mask_layer,
+    mask_of_entries,
     note_positions,
     pruning_state,
     pruning_states,
+    stage_mask,
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
 from .record_of_outputs import RecordKeptMixin, leave_record, record_of, record_of_call
+from .stock_lookups import AskedAsStockMixin, register_model_type, stock_class
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
 
@@ -138,31 +139,18 @@ def explained_to_later_turns(cache: Cache | None) -> Iterator[None]:
 
 
 def takes_stock_positions(forward: Callable) -> Callable:
-    """Let the `forward` of `PrunedModelMixin` take arguments by position in the order of the stock class's."""
+    """Let the `forward` of `PrunedModelMixin` take arguments by position in the order of the stock class's, and give a
+    generating class outputs with names, also where the config says `return_dict=False`."""
 
     @wraps(forward)
     def named(self, *args, **kwargs):
         if args:
             kwargs = named_arguments(self.stock_positions, args, kwargs)
+        if kwargs.get("pruning_request") is not None:
+            kwargs["return_dict"] = True
         return forward(self, **kwargs)
 
     return named
-
-
-def stock_class(our_class: type) -> type | None:
-    """The class of transformers that one of ours extends; None for a mixin."""
-    return next((each for each in our_class.__mro__ if each.__module__.startswith("transformers.")), None)
-
-
-def register_weight_renaming(our_class: type, *names: str) -> None:
-    """Let checkpoints of the stock class load into ours: the library renames old parameters by class, and skips custom code.
-
-    Args:
-        names: where the library looks up a renaming for the stock class, the first that it knows one for.
-    """
-    renaming = next(filter(None, map(get_checkpoint_conversion_mapping, names)), None)
-    if renaming is not None:
-        register_checkpoint_conversion_mapping(our_class.__name__, renaming, overwrite=True)
 
 
 def refuse_unsupported(attention_mask, kwargs: dict) -> None:
@@ -189,7 +177,34 @@ def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None
             outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
 
 
-class PrunedModelMixin(RecordKeptMixin):
+class SavedAndLoadedMixin(AskedAsStockMixin):
+    """Put in front of a stock model, with or without a head: its checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
+                `output_loading_info` asks for the list of them. And what `check_heads` raises.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and not output_loading_info:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
+            )
+        check_heads(model)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
+        stock class reads them under our `model_type` too, for which the library alone renames none."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
     A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
@@ -200,21 +215,20 @@ class PrunedModelMixin(RecordKeptMixin):
     decoder_layers: Sequence[type]  # for `prune_decoder`
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
-    has_mrope: bool = False  # whether positions have several axes
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         if stock := stock_class(cls):  # else a mixin of a family
             cls.stock_positions = positional_names(stock.forward)
-            register_weight_renaming(cls, stock.__name__)  # a renaming by model type is applied once, by the generating class
 
     def __init__(self, config):
-        config.validate_pruning()  # what `from_pretrained` was given is set after the config has checked itself
+        register_model_type(type(config))  # again, for libraries that came after the config class
+        settings = config.pruning_settings()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         prune_decoder(self.get_decoder(), self.decoder_layers)
-        if config.pruning_settings() is not None:
-            self.refuse_unknown_tower()
+        if settings is not None:
+            self.refuse_unknown_tower(settings)
 
     @takes_stock_positions
     @takes_cache
@@ -238,15 +252,15 @@ class PrunedModelMixin(RecordKeptMixin):
         has_visuals = self.has_visuals(kwargs)
         settings = self.config.pruning_settings(request.ratio) if has_visuals else None  # compiled decoding skips this
         if settings is not None:
-            self.refuse_unknown_tower()
+            self.refuse_unknown_tower(settings)
             if request.question is not None:
-                self.config.refuse_question()
+                self.config.refuse_question(settings)
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
         has_positions = position_ids is not None
         position_ids = self.resolve_position_ids(
-            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, kwargs
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, kwargs
         )
         inputs = {
             "attention_mask": attention_mask,
@@ -256,8 +270,9 @@ class PrunedModelMixin(RecordKeptMixin):
             "return_dict": True,
         }
         if is_stock_call:
-            outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
-            if self.has_mrope and (has_visuals or position_ids is None):
+            with encoding_for(self.config, None) if has_visuals else nullcontext():
+                outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+            if self.config.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
                 note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
             request.has_positions = has_positions
@@ -285,9 +300,14 @@ class PrunedModelMixin(RecordKeptMixin):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if not isinstance(attention_mask, dict):
+            attention_mask = mask_of_entries(self.get_decoder().config, inputs_embeds, attention_mask, cache, 0)
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
-        encoded = self._encode(kwargs) if self.has_visuals(kwargs) else {}
+        encoded = {}
+        if self.has_visuals(kwargs):
+            with encoding_for(self.config, settings):
+                encoded = self._encode(kwargs)
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
         plan = request.plan = make_plan(
@@ -310,6 +330,8 @@ class PrunedModelMixin(RecordKeptMixin):
             "pruning_plan": plan,
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
+        if plan.grids and plan.record is None:
+            raise plan.skipped()
         plan.unpack_outputs(outputs)
         if encoded and inputs["position_ids"] is not None:
             note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)
@@ -350,14 +372,12 @@ class PrunedModelMixin(RecordKeptMixin):
             )
         return blocks[number]
 
-    def refuse_unknown_tower(self, config: PruningConfig | None = None) -> None:
-        """Raise a ValueError where the method of `config`, by default the model's, looks at a vision tower of which nobody says
-        how."""
-        config = config or self.config
-        if config.looks_at_tower and self.tower_blocks() is None:
+    def refuse_unknown_tower(self, settings: PruningSettings) -> None:
+        """Raise a ValueError where a method looks at a vision tower of which nobody says how."""
+        if "tower" in settings.looks_at and self.tower_blocks() is None:
             raise ValueError(
-                f"pruning_method {config.pruning_method!r} looks at the attention in the vision tower, but what that is "
-                f"in a {config.model_type} model with a tower of type {config.vision_config.model_type!r} is not "
+                f"pruning_method {settings.method!r} looks at the attention in the vision tower, but what that is "
+                f"in a {self.config.model_type} model with a tower of type {self.config.vision_config.model_type!r} is not "
                 "known. Choose a method that does not look at the tower."
             )
 
@@ -442,7 +462,15 @@ class PrunedModelMixin(RecordKeptMixin):
         return None
 
     def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, inputs: dict
+        self,
+        input_ids,
+        inputs_embeds,
+        attention_mask,
+        position_ids,
+        cache,
+        has_visuals: bool,
+        is_stock_call: bool,
+        inputs: dict,
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
@@ -450,22 +478,17 @@ class PrunedModelMixin(RecordKeptMixin):
     def may_count_padding(self, cache: Cache | None) -> bool:
         """Whether the positions of a cache's tokens may count padding, as the decoder's own do."""
         notes = found_notes(cache)
-        return not self.has_mrope if notes is None else notes.count_padding
+        return not self.config.has_mrope if notes is None else notes.count_padding
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""
         return ()
 
 
-class PrunedForConditionalGenerationMixin(RecordKeptMixin):
+class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
-
-    def __init_subclass__(cls):
-        super().__init_subclass__()
-        if stock := stock_class(cls):
-            register_weight_renaming(cls, stock.__name__, stock.config_class.model_type)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -488,29 +511,15 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """See `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
-                `output_loading_info` asks for the list of them. And what `check_heads` raises.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        if missing and not output_loading_info:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
-            )
-        check_heads(model)
+        """See `SavedAndLoadedMixin.from_pretrained`."""
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=output_loading_info, **kwargs
+        )
+        model = loaded[0] if output_loading_info else loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
             setattr(model.generation_config, name, value)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
-        stock class reads them under our `model_type` too, for which the library renames none."""
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        return loaded
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
@@ -544,14 +553,25 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin):
             raise ValueError(f"A generation config holds pruning_ratio alone, but this one has {', '.join(others)} too.")
         if keys and (ratio := vars(generation_config).pop("pruning_ratio")) is not None:
             model_kwargs["pruning_ratio"] = ratio
-        settings = self.config.pruning_settings(model_kwargs.get("pruning_ratio"))
+        if (ratio := model_kwargs.get("pruning_ratio")) is not None:
+            check_ratio(ratio)
         chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and settings is not None and self.model.has_visuals(model_kwargs):
+        if chunk_size is not None and self._settings_of_generation(model_kwargs) is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk_size} cuts images into pieces, but pruning chooses among all tokens of an image. "
                 "Set prefill_chunk_size=None, or pruning_ratio=0."
             )
         return generation_config, model_kwargs
+
+    def _settings_of_generation(self, model_kwargs: dict) -> PruningSettings | None:
+        """What the prefill of `generate` prunes; None for nothing."""
+        has_visuals = self.model.has_visuals(model_kwargs)
+        return self.config.pruning_settings(model_kwargs.get("pruning_ratio")) if has_visuals else None
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        """The stock method, which some versions have: images and videos are encoded before the prefill."""
+        with encoding_for(self.model.config, self._settings_of_generation(model_kwargs)):
+            return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
         """The stock method. Without a cache, each step runs the whole sequence again and must keep what the first one kept: the
@@ -696,14 +716,9 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin):
         pruned_masks = {}
         for state in states:
             name = f"{PRUNED_MASK}{state.layer}"
-            pruned_masks[name] = create_causal_mask(
-                config=config.get_text_config(decoder=True),
-                inputs_embeds=inputs_embeds,
-                attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
-                position_ids=None,
-                layer_idx=mask_layer(cache, state.layer),
-                **{CACHE_NAME: cache},
-            )
+            padding_mask = continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1])
+            text_config = config.get_text_config(decoder=True)
+            pruned_masks[name] = stage_mask(text_config, inputs_embeds, padding_mask, cache, state.layer)
             if (sizes := state.sizes_of_rows()) is not None:
                 masks_of_stage = additive_masks(pruned_masks[name], sizes, inputs_embeds.dtype)
                 pruned_masks[f"{name}{OWN}"], pruned_masks[name] = masks_of_stage
