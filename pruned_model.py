@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio, encoding_for
+from .configuration_vlmpruner import PruningSettings, check_ratio, encoding_for
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -462,15 +462,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         return None
 
     def resolve_position_ids(
-        self,
-        input_ids,
-        inputs_embeds,
-        attention_mask,
-        position_ids,
-        cache,
-        has_visuals: bool,
-        is_stock_call: bool,
-        inputs: dict,
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, inputs: dict
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
