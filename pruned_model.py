@@ -462,7 +462,15 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         return None
 
     def resolve_position_ids(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals: bool, is_stock_call: bool, inputs: dict
+        self,
+        input_ids,
+        inputs_embeds,
+        attention_mask,
+        position_ids,
+        cache,
+        has_visuals: bool,
+        is_stock_call: bool,
+        inputs: dict,
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids

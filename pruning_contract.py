@@ -172,7 +172,9 @@ def checked_sizes(method, selection: Selection, tokens) -> torch.Tensor:
 def _check_tensor(tensor, ndim: int, dtype: torch.dtype, device: torch.device, name: str) -> None:
     is_tensor = isinstance(tensor, torch.Tensor)
     if not is_tensor or tensor.ndim != ndim or tensor.dtype != dtype or tensor.device != device:
-        raise ValueError(f"{name} must return a tensor of {ndim} dimensions, {dtype} on {device}, but returned {_described(tensor)}.")
+        raise ValueError(
+            f"{name} must return a tensor of {ndim} dimensions, {dtype} on {device}, but returned {_described(tensor)}."
+        )
 
 
 def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
