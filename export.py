@@ -1099,6 +1099,23 @@ def readable(size: float) -> str:
     return f"{size:.1f} {units[0]}"
 
 
+def add_pruning_keys(parser, config_class: type, methods_with: dict[str, dict]) -> None:
+    """Give a parser, or a group of its arguments, an option for each `pruning_` key, without a default.
+
+    Args:
+        config_class: `PruningConfig`.
+        methods_with: `METHODS_WITH` beside it.
+    """
+    for field in fields(config_class):
+        name, default = field.name.removeprefix("pruning_"), field.default
+        owners = methods_with[name] if default is None else {}
+        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
+        default = next(iter(owners.values())).default if owners else default
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -1115,15 +1132,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a base on the Hub")
     add("--results", metavar="FILE", help="put the table of this JSON of benchmarks/accuracy.py into the card")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
-    methods_with = own("configuration_vlmpruner.METHODS_WITH")
-    for field in pruning_fields():
-        name, default = field.name.removeprefix("pruning_"), field.default
-        owners = methods_with[name] if default is None else {}
-        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
-        default = next(iter(owners.values())).default if owners else default
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        flag = "--" + name.replace("_", "-")
-        keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+    add_pruning_keys(keys, own("configuration_vlmpruner.PruningConfig"), own("configuration_vlmpruner.METHODS_WITH"))
     return parser
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -214,6 +215,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
     has_mrope: bool = False  # whether positions have several axes
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
+    observers: ClassVar[list[Callable[[PruningRecord], None]]] = []  # each is called with the record of each call that prunes
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -334,6 +336,8 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         if settings is not None and plan.record is not None:
             kept, visual = plan.record.num_kept, plan.record.num_visual
             logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
+            for observe in self.observers:
+                observe(plan.record)
         add_encoded(outputs, encoded, visuals)
         return outputs
 
