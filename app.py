@@ -118,7 +118,8 @@ class Asker:
             setattr(config, key, value)
         try:
             settings = config.pruning_settings()
-            self.model.model.refuse_unknown_tower(config)
+            if settings is not None:
+                self.model.model.refuse_unknown_tower(settings)
         except ValueError as error:
             raise Unanswerable(str(error)) from error
         if settings is None:

@@ -17,13 +17,18 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
     needed = f"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"
     raise ImportError(f'This code needs {needed}, but {transformers.__version__} is installed. Run pip install "{needed}".')
 
+import filecmp
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import (
     Glm4vConfig,
@@ -45,11 +50,12 @@ from transformers import (
     SmolVLMConfig,
 )
 from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import HF_MODULES_CACHE, logging
 
+from .pruning_contract import check_method
 from .pruning_method import PruningMethod
 from .pruning_methods import METHODS
+from .stock_lookups import register_model_type
 
 
 logger = logging.get_logger(__name__)
@@ -59,6 +65,7 @@ VIDEO_SCOPES = ("slice", "video")
 POOL_MODES = ("average", "max", "bilinear")
 NEWLINE_POSITIONS = ("one_token", "frame", "grid", "no_token")
 POSITIONS = ("original", "packed")
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}  # and the key of its length
 
 
 def methods_with() -> dict[str, dict]:
@@ -85,17 +92,33 @@ METHODS_WITH = methods_with()
 @dataclass(frozen=True)
 class PruningSettings:
     """What one forward call prunes: `ratio` in (0, 1) of the visual tokens, at the input of decoder layer `layer` or where the
-    method says; `positions` "original" or "packed"."""
+    method says; `positions` "original" or "packed"; and what the method `looks_at`. Made once for a call, where it begins."""
 
     ratio: float
     layer: int
     parameters: object
     method: str = "vlm_pruner"
     positions: str = "original"
+    looks_at: frozenset[str] = frozenset()
 
     def method_for(self, num_layers: int) -> PruningMethod:
         """The method, for a decoder of `num_layers`."""
         return METHODS[self.method](self.parameters, self.layer, num_layers)
+
+
+# The config and the settings of the call whose images are encoded in this thread.
+_ENCODING: ContextVar[tuple[object, PruningSettings | None]] = ContextVar("encoding", default=(None, None))
+
+
+@contextmanager
+def encoding_for(config: "PruningConfig", settings: PruningSettings | None) -> Iterator[None]:
+    """Let encoders, which stock code calls too, know what their call prunes: None for nothing."""
+    token = None if torch.compiler.is_compiling() else _ENCODING.set((config, settings))
+    try:
+        yield
+    finally:
+        if token is not None:
+            _ENCODING.reset(token)
 
 
 @dataclass(kw_only=True)
@@ -135,6 +158,8 @@ class PruningConfig(method_keys()):
     base_model_type: ClassVar[str]
     auto_map_targets: ClassVar[dict[str, str]]
     frames_are_images: ClassVar[bool] = False  # whether the model gets videos as images, and can not tell them apart
+    has_mrope: ClassVar[bool] = False  # whether positions have three axes
+    is_hybrid: ClassVar[bool] = False  # whether layers of linear attention are among the decoder's
 
     pruning_method: str = "vlm_pruner"
     pruning_ratio: float | int = 0.889
@@ -150,7 +175,7 @@ class PruningConfig(method_keys()):
             raise ValueError(f"Unknown config key {', '.join(unknown)}. The keys that start with `pruning_` are {known}.")
         super().__post_init__(**kwargs)
         if self.pruning_layer is None:
-            self.pruning_layer = next(iter(layers_above_keys(self.get_text_config(decoder=True))), 1)
+            self.pruning_layer = first_layer_above_keys(self.get_text_config(decoder=True))
         self.auto_map = dict(self.auto_map_targets)
         self.validate_pruning()
 
@@ -169,26 +194,28 @@ class PruningConfig(method_keys()):
         """See `PreTrainedConfig.save_pretrained`, which copies the code of this class alone. Here the code of all classes that
         `auto_map` names comes along, so that `AutoModel.from_config` finds it."""
         super().save_pretrained(save_directory)
-        for reference in self.auto_map_targets.values():
-            self._copy_code(reference.split(".")[0], Path(save_directory))
+        modules = dict.fromkeys(reference.split(".")[0] for reference in self.auto_map_targets.values())
+        files = {path.name: path for module in modules for path in self._code_of(module)}
+        for name, path in files.items():
+            copy = Path(save_directory) / name
+            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                shutil.copyfile(path, copy)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    def _copy_code(self, module: str, folder: Path):
-        """Copy a module and what it imports: from beside this file, or, where the library has loaded the code of the config
-        alone, from the repo that it came from."""
+    def _code_of(self, module: str) -> list[Path]:
+        """The files of a module and of what it imports: from beside this file, or, where the library has loaded the code of the
+        config alone, from the repo that it came from."""
         source = Path(__file__).parent
         if not (source / f"{module}.py").is_file():
             try:
                 revision = getattr(self, "_commit_hash", None)
                 cached = get_cached_module_file(self.name_or_path, f"{module}.py", revision=revision)
             except OSError as error:
-                logger.warning(f"{folder} lacks {module}.py, which was not found in {self.name_or_path}: {error}")
-                return
+                logger.warning(f"The saved config lacks {module}.py, which was not found in {self.name_or_path}: {error}")
+                return []
             source = Path(HF_MODULES_CACHE, cached).parent
-        for path in code_files({"": module}, source):
-            if not (folder / path.name).exists() or not path.samefile(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+        return code_files({"": module}, source)
 
     def validate_pruning(self):
         """Check every `pruning_*` value. Also run by the library when the config is saved.
@@ -196,6 +223,10 @@ class PruningConfig(method_keys()):
         Raises:
             ValueError: naming the key, its value and the legal range.
         """
+        self.pruning_settings()
+
+    def _check_values(self):
+        """Raise a ValueError for a value outside its range, of the keys that belong to no method."""
         if self.pruning_method not in PRUNING_METHODS:
             raise ValueError(f"pruning_method must be one of {PRUNING_METHODS}, got {self.pruning_method!r}.")
         if self.pruning_positions not in POSITIONS:
@@ -209,9 +240,6 @@ class PruningConfig(method_keys()):
                 f"pruning_layer must be an integer from 1 to {num_layers - 1} (this model has {num_layers} decoder layers, "
                 f"and layer 0 has no earlier keys), got {self.pruning_layer!r}."
             )
-        self.pruning_parameters()
-        if self.pruning_method != "none" and self.pruning_ratio > 0:
-            self._refuse_what_can_not_be()
 
     def pruning_parameters(self):
         """The method's own parameters, without the `pruning_` in front: the keys that are set, else those of the preset.
@@ -251,12 +279,16 @@ class PruningConfig(method_keys()):
 
     @property
     def looks_at_tower(self) -> bool:
-        """Whether the method looks at the vision tower, which then notes what it attends to."""
-        return self.pruning_method in METHODS and "tower" in self._method().looks_at
+        """Whether the vision tower is to note what it attends to: where its call prunes by a method that looks at it, and for
+        features that are encoded by hand, whatever the call will be."""
+        config, settings = _ENCODING.get()
+        if config is self:
+            return settings is not None and "tower" in settings.looks_at
+        return self.pruning_method in METHODS and "tower" in self._method(self.pruning_parameters()).looks_at
 
-    def refuse_question(self) -> None:
+    def refuse_question(self, settings: PruningSettings) -> None:
         """Raise a ValueError where the method does not look at the `pruning_question` that a call gives."""
-        if "question" in self._method().looks_at:
+        if "question" in settings.looks_at:
             return
         names = [repr(name) for name, method in METHODS.items() if "question" in method.looks_at]
         names += [
@@ -269,30 +301,36 @@ class PruningConfig(method_keys()):
             f"{', '.join(names)} does. Leave it out, or choose that."
         )
 
-    def _method(self) -> PruningMethod:
+    def _method(self, parameters) -> PruningMethod:
         num_layers = self.get_text_config(decoder=True).num_hidden_layers
-        return METHODS[self.pruning_method](self.pruning_parameters(), self.pruning_layer, num_layers)
+        return METHODS[self.pruning_method](parameters, self.pruning_layer, num_layers)
 
     def pruning_settings(self, pruning_ratio: float | None = None) -> PruningSettings | None:
         """What a call prunes with the values of this moment, or None when pruning is off.
 
         Args:
             pruning_ratio: replaces the config's ratio for this call, in [0, 1).
+
+        Raises:
+            ValueError: naming the key, its value and the legal range; for any key, whether the call prunes or not.
         """
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
-        self.validate_pruning()
+        self._check_values()
+        parameters = self.pruning_parameters()
         ratio = self.pruning_ratio if pruning_ratio is None else pruning_ratio
         if self.pruning_method == "none" or ratio == 0:
             return None
-        self._refuse_what_can_not_be()
-        parameters, positions = self.pruning_parameters(), self.pruning_positions
-        return PruningSettings(float(ratio), self.pruning_layer, parameters, self.pruning_method, positions)
+        method = self._method(parameters)
+        check_method(method)
+        self._refuse_what_can_not_be(method)
+        name, positions, looks_at = self.pruning_method, self.pruning_positions, method.looks_at
+        return PruningSettings(float(ratio), self.pruning_layer, parameters, name, positions, looks_at)
 
-    def _refuse_what_can_not_be(self):
+    def _refuse_what_can_not_be(self, method: PruningMethod):
         """Raise a ValueError where this decoder can not be pruned so."""
         text_config = self.get_text_config(decoder=True)
-        if self.pruning_positions == "packed" and "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
+        if self.pruning_positions == "packed" and self.has_mrope:
             raise ValueError(
                 f"pruning_positions='packed' counts tokens one by one, but positions of this {text_config.model_type} model "
                 "have three axes (M-RoPE), whose steps on a grid can not be counted so. Set it to 'original'."
@@ -302,26 +340,37 @@ class PruningConfig(method_keys()):
                 f"pruning_video_scope='video' gives the frames of a video one budget, but a {self.base_model_type} model gets "
                 "them as images, and is not told which of them are of one video. Set it to 'slice'."
             )
-        method = self._method()
         if method.counts_positions:
             self._refuse_positions_that_are_no_counts(method, text_config)
-        layers, layer_types = method.stage_layers(), layer_types_of(text_config)
-        window = getattr(text_config, "sliding_window", None)
-        for layer, layer_type in enumerate(layer_types[layers[0] :], start=layers[0]):
-            if layer_type not in ("full_attention", "linear_attention"):
+        layer_types = layer_types_of(text_config)
+        self._refuse_layer_types(method.stage_layers()[0], layer_types, text_config)
+        if self.is_hybrid:
+            self._refuse_layers_of_a_hybrid(method, layer_types)
+
+    def _refuse_layer_types(self, first: int, layer_types: list[str], text_config):
+        """Raise a ValueError for windows from layer `first` on, and for layers that this model does not have."""
+        known = ("full_attention", "linear_attention") if self.is_hybrid else ("full_attention",)
+        for layer, layer_type in enumerate(layer_types):
+            if layer_type in known or (layer < first and layer_type in WINDOWS):
+                continue
+            if layer_type in WINDOWS:
+                window = getattr(text_config, WINDOWS[layer_type], None)
                 raise ValueError(
                     f"Decoder layer {layer} of this {text_config.model_type} model uses {layer_type} (window {window}), but "
-                    f"pruning with {self.pruning_method} at layer {layers[0]} needs full_attention in that layer and all "
+                    f"pruning with {self.pruning_method} at layer {first} needs full_attention in that layer and all "
                     "above: a window counts tokens that are no longer there. Set pruning_ratio to 0, or pruning_layer above "
                     "that layer."
                 )
-        if "linear_attention" in layer_types:
-            self._refuse_layers_of_a_hybrid(method, layer_types)
+            raise ValueError(
+                f"layer_types of the text config has {layer_type!r} for decoder layer {layer}, but in this "
+                f"{text_config.model_type} model a layer can be one of {known}. Remove layer_types, which another model has "
+                "left there, or set pruning_ratio to 0."
+            )
 
     def _refuse_positions_that_are_no_counts(self, method: PruningMethod, text_config):
         """Raise a ValueError where positions do not count the full sequence's tokens, or their frequencies change with it."""
         rope = getattr(text_config, "rope_parameters", None) or {}
-        if "mrope_section" in rope:
+        if self.has_mrope:
             raise ValueError(
                 f"pruning_method {self.pruning_method!r} puts merged tokens at the median of their positions, but those of "
                 f"this {text_config.model_type} model have three axes (M-RoPE) and no median. Choose another pruning_method."
@@ -363,18 +412,24 @@ class PruningConfig(method_keys()):
 
 
 def layer_types_of(text_config) -> list[str]:
-    """Of each decoder layer "full_attention", "linear_attention" (which has a recurrent state and no keys), or another."""
+    """Of each decoder layer "full_attention", "linear_attention" (which has a recurrent state and no keys), or another.
+
+    A cache goes by every key that says so, also by one that another model has left in the config. A model goes by the keys that
+    its config class declares: one that declares a window, but no types of layers, has the window in each layer.
+    """
+    declared = type(text_config).__dataclass_fields__
     layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is None:
-        window = getattr(text_config, "sliding_window", None)
-        layer_types = ["full_attention" if window is None else "sliding_attention"] * text_config.num_hidden_layers
+    windows = [layer_type for layer_type, key in WINDOWS.items() if getattr(text_config, key, None) is not None]
+    has_one_window = "sliding_window" in declared and "layer_types" not in declared and "sliding_attention" in windows
+    if layer_types is None or has_one_window:
+        return [*windows, "full_attention"][:1] * text_config.num_hidden_layers
     return list(layer_types)
 
 
-def layers_above_keys(text_config) -> list[int]:
-    """The decoder layers, from 1 on, whose layer below has keys."""
+def first_layer_above_keys(text_config) -> int:
+    """The first decoder layer, from 1 on, whose layer below has keys. 1 where there is none, which pruning then refuses."""
     layer_types = layer_types_of(text_config)
-    return [layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"]
+    return next((layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"), 1)
 
 
 def is_count(value) -> bool:
@@ -505,8 +560,8 @@ class VLMPrunerLlavaOnevisionConfig(PruningConfig, LlavaOnevisionConfig):
         """Whether a video's features lie as in the stock class, which knows no other way."""
         return (self.spatial_pool_mode, self.spatial_pool_stride, self.newline_position) == ("bilinear", 2, "one_token")
 
-    def validate_pruning(self):
-        super().validate_pruning()
+    def _check_values(self):
+        super()._check_values()
         if not self.has_stock_video_layout:
             _ = self.video_layout
         if self.newline_position == "no_token" and Version(transformers.__version__) < Version("5.18"):
@@ -522,6 +577,7 @@ class VLMPrunerQwen2VLConfig(PruningConfig, Qwen2VLConfig):
     model_type = "vlmpruner_qwen2_vl"
     base_model_type = "qwen2_vl"
     auto_map_targets = auto_map("Qwen2VL", "modeling_vlmpruner_qwen2vl")
+    has_mrope = True
 
 
 @strict
@@ -531,6 +587,7 @@ class VLMPrunerQwen2_5_VLConfig(PruningConfig, Qwen2_5_VLConfig):
     model_type = "vlmpruner_qwen2_5_vl"
     base_model_type = "qwen2_5_vl"
     auto_map_targets = auto_map("Qwen2_5_VL", "modeling_vlmpruner_qwen2vl")
+    has_mrope = True
 
 
 @strict
@@ -540,6 +597,7 @@ class VLMPrunerQwen3VLConfig(PruningConfig, Qwen3VLConfig):
     model_type = "vlmpruner_qwen3_vl"
     base_model_type = "qwen3_vl"
     auto_map_targets = auto_map("Qwen3VL", "modeling_vlmpruner_qwen3vl")
+    has_mrope = True
 
 
 @strict
@@ -549,6 +607,7 @@ class VLMPrunerQwen3VLMoeConfig(PruningConfig, Qwen3VLMoeConfig):
     model_type = "vlmpruner_qwen3_vl_moe"
     base_model_type = "qwen3_vl_moe"
     auto_map_targets = auto_map("Qwen3VLMoe", "modeling_vlmpruner_qwen3vl")
+    has_mrope = True
 
 
 @strict
@@ -558,6 +617,7 @@ class VLMPrunerGlm4vConfig(PruningConfig, Glm4vConfig):
     model_type = "vlmpruner_glm4v"
     base_model_type = "glm4v"
     auto_map_targets = auto_map("Glm4v", "modeling_vlmpruner_glm4v")
+    has_mrope = True
 
 
 @strict
@@ -567,6 +627,7 @@ class VLMPrunerGlm4vMoeConfig(PruningConfig, Glm4vMoeConfig):
     model_type = "vlmpruner_glm4v_moe"
     base_model_type = "glm4v_moe"
     auto_map_targets = auto_map("Glm4vMoe", "modeling_vlmpruner_glm4v")
+    has_mrope = True
 
 
 @strict
@@ -576,6 +637,7 @@ class VLMPrunerGlm46VConfig(PruningConfig, Glm46VConfig):
     model_type = "vlmpruner_glm46v"
     base_model_type = "glm46v"
     auto_map_targets = auto_map("Glm46V", "modeling_vlmpruner_glm4v")
+    has_mrope = True
 
 
 @strict
@@ -586,6 +648,8 @@ class VLMPrunerQwen3_5Config(PruningConfig, Qwen3_5Config):
     model_type = "vlmpruner_qwen3_5"
     base_model_type = "qwen3_5"
     auto_map_targets = auto_map("Qwen3_5", "modeling_vlmpruner_qwen3_5")
+    has_mrope = True
+    is_hybrid = True
 
 
 @strict
@@ -596,6 +660,8 @@ class VLMPrunerQwen3_5MoeConfig(PruningConfig, Qwen3_5MoeConfig):
     model_type = "vlmpruner_qwen3_5_moe"
     base_model_type = "qwen3_5_moe"
     auto_map_targets = auto_map("Qwen3_5Moe", "modeling_vlmpruner_qwen3_5")
+    has_mrope = True
+    is_hybrid = True
 
 
 @strict
@@ -648,12 +714,7 @@ class VLMPrunerLlavaNextVideoConfig(PruningConfig, LlavaNextVideoConfig):
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.
 CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in PruningConfig.__subclasses__()}
 
-# Where `transformers serve` looks up, before it reads a modeling file, how a model is loaded, and later that it takes images.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
-    {
-        config.model_type: config.auto_map_targets["AutoModelForMultimodalLM"].rpartition(".")[-1]
-        for config in CONFIG_OF_BASE_MODEL.values()
-    }
-)
+for config in CONFIG_OF_BASE_MODEL.values():
+    register_model_type(config)
 
 __all__ = [config.__name__ for config in CONFIG_OF_BASE_MODEL.values()]

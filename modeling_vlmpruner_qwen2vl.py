@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
-from .pruned_cache import CACHE_NAME, position_notes
+from .pruned_cache import CACHE_NAME, found_notes, position_notes
 from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
@@ -79,7 +79,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         if not self.config.looks_at_tower or (blocks := self.tower_blocks()) is None:
             return encode()
         tower = self.config.vision_config
-        windowless = getattr(tower, "fullatt_block_indexes", None)  # of Qwen2.5-VL, whose other blocks attend to windows
+        windowless = getattr(self.visual, "fullatt_block_indexes", None)  # of Qwen2.5-VL, whose other blocks attend to windows
         block, num_merged = blocks[max(windowless) if windowless else -1], tower.spatial_merge_size**2
         with watch(block) as seen:
             outputs = encode()
@@ -104,14 +104,22 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         merge, scope = self.config.vision_config.spatial_merge_size, self.config.pruning_video_scope
         return [video_views(frames, height // merge, width // merge, scope) for frames, height, width in grids]
 
-    def resolve_position_ids(self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, inputs):
-        """M-RoPE positions [3, batch, length] of a call's tokens, after those of its cache."""
+    def resolve_position_ids(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, inputs
+    ):
+        """M-RoPE positions [3, batch, length] of a call's tokens, after those of its cache.
+
+        Where nothing is pruned, a call without `mm_token_type_ids` is the stock class's, which raises or counts text alone.
+        """
         if position_ids is not None:
             return position_ids
         past_length = 0 if cache is None else cache.get_seq_length()
         if past_length == 0 and not has_visuals:
             return None
-        if has_visuals and inputs.get("mm_token_type_ids") is None:
+        lacks_types = has_visuals and inputs.get("mm_token_type_ids") is None
+        if lacks_types and is_stock_call and past_length == 0:
+            return None
+        if lacks_types and not (is_stock_call and input_ids is None):
             raise ValueError(
                 "mm_token_type_ids is missing. With images or videos it tells M-RoPE which tokens lie on a grid; the processor "
                 "returns it along with input_ids."
@@ -123,7 +131,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         types = inputs.get("mm_token_type_ids") if has_visuals else None
         has_grids = any(inputs.get(grid_thw) is not None for _, (grid_thw,) in self.encoder_inputs.values())
         if types is not None and (types.shape != tokens.shape or not has_grids):
-            return None  # embeddings with virtual tokens before them, of prompt tuning: counted as text, as in the stock class
+            return None  # embeddings with virtual tokens before them, of prompt tuning: text, as in the stock class
         return self.mrope_position_ids(tokens, types, attention_mask, cache, inputs)
 
     def get_rope_index(self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, **kwargs):
@@ -175,15 +183,12 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
             return positions
+        if found_notes(cache) is None and self.rope_deltas is not None:
+            # The stock class has filled this cache, before the model was pruned in place. Its offset is on the module.
+            num_past = past_length if attention_mask is None else attention_mask[:, :past_length].sum(1, keepdim=True)
+            deltas = self.rope_deltas.to(tokens.device)
+            return positions + num_past + deltas.repeat_interleave(batch // len(deltas), dim=0)
         return positions + position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
-
-    def note_positions(self, cache, position_ids, attention_mask) -> None:
-        """Leave the positions of a call with its cache."""
-        if cache is None or (position_ids is not None and position_ids.ndim != 3):
-            return
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            attention_mask = None
-        position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):
@@ -200,7 +205,9 @@ class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixi
         cache = model_kwargs.get(CACHE_NAME)
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            self.model.rope_deltas = None  # else the stock forward adds it to what the next request embeds by hand
+            return positions
         text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         tokens = model_kwargs.get("input_ids", inputs_tensor)
         tokens = tokens if tokens.shape[1] > 0 else inputs_tensor
@@ -209,7 +216,8 @@ class PrunedQwenForConditionalGenerationMixin(PrunedForConditionalGenerationMixi
         total = attention_mask.shape[1] if attention_mask is not None else text.shape[1]
         new = tokens[:, past_length - total :]
         has_visuals = self.model.has_visuals(model_kwargs)
-        types = model_kwargs["mm_token_type_ids"][:, past_length - total :] if has_visuals else None
+        types = model_kwargs.get("mm_token_type_ids") if has_visuals else None
+        types = None if types is None else types[:, past_length - total :]
         positions = self.model.mrope_position_ids(new, types, attention_mask, cache, model_kwargs)
         past = text[:, :past_length].expand(4, new.shape[0], -1)
         return torch.cat([past, torch.cat([text[None, :, past_length:].expand(1, new.shape[0], -1), positions])], dim=-1)

@@ -10,7 +10,7 @@ import copy
 import io
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, islice
@@ -38,6 +38,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.video_utils import make_batched_videos
 
 from .configuration_vlmpruner import VideoLayout
+from .stock_lookups import stock_class
 
 
 # First to last selected: plasma's yellow to purple, along which lightness only falls.
@@ -51,6 +52,11 @@ BACKGROUND, FOREGROUND = (24, 24, 24), (235, 235, 235)
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 NESTED = ("images_kwargs", "videos_kwargs")
+# Of a checkpoint, where the library looks for the name of its processor's class, in this order.
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer_config.json", "config.json"),
+)
 # What an image or a video processor can be told that changes how its pixels are read.
 SETTINGS = (
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
@@ -107,6 +113,11 @@ class DrawMixin:
 
     _auto_class = "AutoProcessor"
     images_by_row = False  # whether a batch's images come as a list for each row, and not one after another
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args, **kwargs):
+        """As the stock class, because the library goes by its name: Pixtral's tokenizer is read in a way of its own."""
+        return stock_class(cls)._get_arguments_from_pretrained(*args, **kwargs)
 
     def __call__(self, images=None, *args, **kwargs):
         """As in the stock class. How each image object was read is remembered for `draw_kept_tokens`, as long as it exists."""
@@ -651,7 +662,7 @@ class VLMPrunerLlavaNextVideoProcessor(AnyResolutionDrawMixin, LlavaNextVideoPro
 
 
 class VLMPrunerMistral3Processor(DrawMixin, PixtralProcessor):
-    """The processor of Mistral3 with `draw_kept_tokens`."""
+    """The processor of Mistral3, and of LLaVA with a Pixtral tower, with `draw_kept_tokens`."""
 
     def read_images(self, images, options):
         return super().read_images(images, options | {"patch_size": self.patch_size * self.spatial_merge_size})
@@ -801,3 +812,30 @@ class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]
+
+
+def processor_class_of(config_class: type, contents: Iterable[dict]) -> type:
+    """The processor class of ours for a checkpoint: of the one that its files name, as the library goes by these, else of the
+    family's. Pixtral-12B is a `llava` model with Pixtral's processor, GLM-4.6V-Flash a `glm4v` model with that of GLM-4.6V.
+
+    Args:
+        config_class: of ours, for the checkpoint.
+        contents: of those of its `PROCESSOR_FILES` that exist, in this order.
+
+    Raises:
+        ValueError: if they name a processor of which there is none here, because the family's might make other prompts.
+    """
+    ours = {name: globals()[name] for name in __all__}
+    default = ours[config_class.auto_map_targets["AutoProcessor"].split(".")[1]]
+    named = next(filter(None, (content.get("processor_class") for content in contents)), None)
+    if named in (None, stock_class(default).__name__):
+        return default
+    same = {stock_class(each).__name__: each for each in reversed(ours.values())} | ours
+    found = same.get(f"VLMPruner{named}", same.get(str(named)))
+    if found is None:
+        raise ValueError(
+            f"The files of this {config_class.base_model_type} model name the processor {named!r}, which is refused: there is "
+            "none here that draws what was kept of it, and another would make other prompts. Known are "
+            f"{', '.join(sorted(same.keys() - ours.keys()))}."
+        )
+    return found

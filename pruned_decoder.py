@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from .attention_correction import additive_masks, distance_term, refuse_backend
 from .configuration_vlmpruner import PruningSettings, layer_types_of
@@ -37,14 +36,18 @@ from .pruned_cache import (
     PrunedImage,
     PruningRecord,
     continued_padding_mask,
+    found_notes,
     mask_layer,
     open_state,
     pruning_states,
+    stage_mask,
     state_of_layer,
 )
-from .pruning_method import StageTokens
+from .pruning_contract import checked_counts, checked_merge, checked_selection, checked_sizes
+from .pruning_method import PruningMethod, StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
+from .stock_lookups import undecorated
 from .tensor_parallel import all_heads
 from .token_pruning import Selection
 from .token_pruning_device import upload
@@ -189,7 +192,8 @@ class PruningPlan:
         layers: those at whose input tokens leave, ascending.
         attention_mask: the caller's 2-D mask [batch, past + length], or None. On the host where there are `grids`.
         grids: what to select from, ordered by row; empty in a call that only continues on a pruned cache.
-        settings: how to select; None in such a call.
+        settings: how to select, and
+        method: which selects so; None in such a call.
         prepared_masks: layer -> mask, where `generate` made them in advance.
         past_length: full sequence length before the call, and `past_entries` what of it the layers from each of `layers` hold.
         is_text: [batch, length] bool on the host, the call's tokens that stay in any case, where there are `grids`.
@@ -215,6 +219,7 @@ class PruningPlan:
         attention_mask: torch.Tensor | None = None,
         grids: Sequence[VisualGrid] = (),
         settings: PruningSettings | None = None,
+        method: PruningMethod | None = None,
         prepared_masks: dict[int, torch.Tensor] | None = None,
         past_length: int = 0,
         past_entries: dict[int, int] | None = None,
@@ -227,13 +232,15 @@ class PruningPlan:
         self.decoder, self.config, self.attention_mask, self.grids = decoder, decoder.config, attention_mask, grids
         self.settings, self.past_length, self.is_text = settings, past_length, is_text
         self.layer_types, self.is_token, self._linear_inputs = layer_types_of(self.config), is_token, {}
-        self.method = None if settings is None else settings.method_for(self.config.num_hidden_layers)
+        self.method = method
         self.deepstack: Sequence[Sequence[tuple[torch.BoolTensor, torch.Tensor]]] = ()
         self.question: str | Sequence[str] | None = None
         self.corrects_attention = False
         self.tokens: PackedGrids | None = None
         self.record: PruningRecord | None = None
-        counts = [self.method.counts(len(grid.columns), grid.num_keep) for grid in grids]
+        sizes = [(len(grid.columns), grid.num_keep) for grid in grids]
+        counts_of = {size: checked_counts(method, *size) for size in dict.fromkeys(sizes)}
+        counts = [counts_of[size] for size in sizes]
         self.stages, prepared_masks = [], prepared_masks or {}
         for number, layer in enumerate(layers):
             earlier = self.stages[-1] if self.stages else None
@@ -266,12 +273,43 @@ class PruningPlan:
         """From the call's tokens to those that go on to the end; None where no stage has run."""
         return None if self.stages[-1].choice is None else self.stages[-1].choice.whole_packing
 
+    def positions_without_padding(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.LongTensor | None:
+        """Positions [batch, length] that count no padding, as of the row alone. None where those that the decoder makes are the
+        same, and where the cache's count padding."""
+        (batch, length, _), device, mask = inputs_embeds.shape, inputs_embeds.device, self.attention_mask
+        continues, notes = self.settings is None, found_notes(cache)
+        past_length = int(cache.get_seq_length()) if continues and notes is not None else self.past_length
+        if notes is not None and past_length > 0:
+            if mask is not None and not continues:  # then it is on the host
+                mask = upload(mask, device)
+            new = inputs_embeds.new_ones(batch, length) if mask is None else mask[:, -length:] != 0
+            return notes.after(past_length, mask, batch, device)[:, -1:] + positions_of(new)
+        if continues or mask is None or mask.all() or mask.shape[1] != past_length + length:
+            return None
+        if has_padding_before_tokens(mask, past_length):
+            return None
+        return upload(positions_of(mask)[:, -length:], device)
+
     def stage_of(self, layer_idx: int) -> PruningStage | None:
         """The stage whose tokens layer `layer_idx` runs on; None below the first."""
         return next((stage for stage in reversed(self.stages) if stage.layer <= layer_idx), None)
 
-    def before_layer(self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
-        """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones."""
+    def merged_states(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
+        """The vision tower's states of each grid, where a stage at layer `layer_idx` may merge them and gradients go on to the
+        tower; else none. The layer gets them by position: from others re-entrant checkpointing takes no gradient."""
+        stage = self.stage_of(layer_idx) if self.grids and torch.is_grad_enabled() else None
+        if stage is None or stage.layer != layer_idx or not (self.method.has_merge and "tower" in self.method.looks_at):
+            return ()
+        return tuple(grid.tower().states for grid in self.grids)
+
+    def before_layer(
+        self, layer_idx: int, hidden_states: torch.Tensor, inputs: dict, tower_states: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, dict]:
+        """The hidden states and keyword inputs that decoder layer `layer_idx` runs on instead of the given ones.
+
+        Args:
+            tower_states: of `merged_states`.
+        """
         if layer_idx == 0 and self.grids and self.method.counts_are_known:
             for stage in self.stages:
                 counts = self.tokens.counts_of_rows(stage.num_keep)
@@ -279,7 +317,9 @@ class PruningPlan:
         stage = self.stage_of(layer_idx)
         if stage is not None:
             if layer_idx == stage.layer:
-                hidden_states = self._enter(stage, hidden_states, inputs)
+                hidden_states = self._enter(stage, hidden_states, inputs, tower_states)
+            if stage.inputs is None:
+                raise self.skipped()
             inputs = inputs | stage.inputs.on(hidden_states.device)
             if layer_idx == stage.layer and stage.own_mask is not None:
                 inputs["attention_mask"] = stage.own_mask
@@ -291,6 +331,13 @@ class PruningPlan:
                 below.last_tokens = self._last_tokens(stage, hidden_states, inputs)
             inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), below)}
         return hidden_states, inputs
+
+    def skipped(self) -> RuntimeError:
+        """The error where a layer at which tokens should leave has not followed the plan."""
+        return RuntimeError(
+            f"Nothing was pruned at decoder layer {self.layer}, where it should have been: a layer of this model was replaced, "
+            "or is called by code that leaves out its keyword arguments."
+        )
 
     def _inputs_of_linear(self, stage: PruningStage | None, device: torch.device) -> dict:
         """What a layer of linear attention gets in place of a causal mask, on tokens as `stage` left them."""
@@ -344,10 +391,9 @@ class PruningPlan:
     def _layers_with_router(self) -> list[int]:
         return [number for number, layer in enumerate(self.decoder.layers) if hasattr(layer.mlp, "gate")]
 
-    def add_deepstack(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The input of decoder layer `layer_idx` with the visual features added that belong after the layer before."""
-        layer = layer_idx - 1
-        if not 0 <= layer < len(self.deepstack):
+    def add_deepstack(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output of decoder layer `layer` with the visual features added that belong after it."""
+        if layer >= len(self.deepstack):
             return hidden_states
         stage = self.stage_of(layer)
         for mask, features in self.deepstack[layer]:
@@ -358,7 +404,9 @@ class PruningPlan:
             hidden_states = hidden_states + added
         return hidden_states
 
-    def _enter(self, stage: PruningStage, hidden_states: torch.Tensor, inputs: dict) -> torch.Tensor:
+    def _enter(
+        self, stage: PruningStage, hidden_states: torch.Tensor, inputs: dict, tower_states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """The hidden states that go on from a stage, whose `inputs` are made."""
         cache = inputs.get(CACHE_NAME)
         if not self.grids:
@@ -370,12 +418,12 @@ class PruningPlan:
             stage.inputs = LayerInputs({"attention_mask": mask, "position_ids": None} | positions)
             return hidden_states
         if stage.choice is not None:  # gradient checkpointing runs a layer again: same tokens, new graph
-            return self._pack_and_merge(stage.choice, hidden_states)
+            return self._pack_and_merge(stage.choice, hidden_states, tower_states)
         embeddings = (
             inputs["position_embeddings"] if stage.earlier is None else stage.earlier.inputs.values["position_embeddings"]
         )
         choice = stage.choice = self._choose(stage, hidden_states, embeddings, cache)
-        packed = self._pack_and_merge(choice, hidden_states)
+        packed = self._pack_and_merge(choice, hidden_states, tower_states)
         if self.settings.positions == "packed":
             embeddings = self._packed_positions(stage, cache, packed, inputs)
         else:
@@ -421,7 +469,7 @@ class PruningPlan:
             batch=tokens.batch,
             signals=self._signals(stage, tokens, below, hidden_states, embeddings, cache) if looks_further else {},
         )
-        selection = self.method.select_batch(view)
+        selection = checked_selection(self.method, view)
         if not self.method.counts_are_known:
             counts = tokens.counts_of_rows(selection.counts)
             stage.mask = self._make_mask(stage.layer, hidden_states, cache, counts)
@@ -429,14 +477,23 @@ class PruningPlan:
         whole_packing = packing if stage.earlier is None else packing.following(stage.earlier.choice.whole_packing)
         return StageChoice(tokens, view, selection, packing, whole_packing)
 
-    def _pack_and_merge(self, choice: StageChoice, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _pack_and_merge(
+        self, choice: StageChoice, hidden_states: torch.Tensor, tower_states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         packed = choice.packing.pack(hidden_states)
         if choice.packing.merged_places is None:
             return packed
         # A gradient belongs to this run of the layer.
         states = choice.tokens.take(hidden_states) if torch.is_grad_enabled() else choice.view.hidden_states
-        merged = self.method.merge(states, choice.selection, choice.view)
+        view = self._with_tower_states(choice.view, tower_states)
+        merged = checked_merge(self.method, states, choice.selection, view)
         return packed.index_put_(choice.packing.merged_places, merged)
+
+    def _with_tower_states(self, view: StageTokens, tower_states: Sequence[torch.Tensor]) -> StageTokens:
+        if not tower_states:
+            return view
+        signal = {"tower": lambda image: replace(self.grids[image].tower(), states=tower_states[image])}
+        return replace(view, signals=view.signals | signal)
 
     def _make_mask(self, layer: int, hidden_states: torch.Tensor, cache: Cache | None, counts: Sequence[int]) -> StageMask:
         """The mask of the layers from `layer` on, whose rows will hold `counts` tokens of this call."""
@@ -480,7 +537,7 @@ class PruningPlan:
         """How many tokens each packed one stands for, in the stage's layer and in those above. [batch, packed_length, 2]"""
         index = choice.packing.index
         sizes = torch.ones(*index.shape, 2, device=index.device)
-        return sizes.index_put_(choice.packing.merged_places, self.method.sizes(choice.selection, choice.view))
+        return sizes.index_put_(choice.packing.merged_places, checked_sizes(self.method, choice.selection, choice.view))
 
     @torch.no_grad()
     def _corrected_masks(
@@ -510,15 +567,8 @@ class PruningPlan:
         return self._causal_mask(stage.layer, hidden_states, padding_mask, cache)
 
     def _causal_mask(self, layer: int, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=padding_mask,
-            position_ids=None,
-            layer_idx=mask_layer(cache, layer),
-            allow_is_causal_skip=not self.corrects_attention,
-            **{CACHE_NAME: cache},
-        )
+        allow_skip = not self.corrects_attention
+        return stage_mask(self.config, hidden_states, padding_mask, cache, layer, allow_is_causal_skip=allow_skip)
 
     def _continued_positions(self, stage: PruningStage, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
         """Position embeddings of new tokens, where kept ones were packed; else those that the decoder made stay."""
@@ -702,6 +752,7 @@ def make_plan(
     visuals: Sequence[VisualTokens],
     num_outputs: int = 0,
     length: int | None = None,
+    may_count_padding: bool = False,
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -714,9 +765,11 @@ def make_plan(
         visuals: the images and videos among the new tokens.
         num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
         length: number of the call's tokens.
+        may_count_padding: whether the cache's tokens, and so the call's, may have positions that count padding.
 
     Raises:
-        ValueError: for packed sequences, for a cache that was pruned at other layers, and what `visual_grids` raises.
+        ValueError: for packed sequences, for a cache that was pruned at other layers, for a method that looks at keys where
+            positions may count padding, and what `visual_grids` raises.
     """
     states = pruning_states(cache)
     layers = [state.layer for state in states]
@@ -734,7 +787,8 @@ def make_plan(
             stage.own_mask = prepared.get(f"{PRUNED_MASK}{stage.layer}{OWN}")
         plan.correct_attention(states)
         return plan
-    new_layers = list(settings.method_for(decoder.config.num_hidden_layers).stage_layers())
+    method = settings.method_for(decoder.config.num_hidden_layers)
+    new_layers = list(method.stage_layers())
     if states and layers != new_layers:
         raise ValueError(
             f"The cache was pruned at {_name_layers(layers)}, this call would prune at {_name_layers(new_layers)}. "
@@ -756,6 +810,12 @@ def make_plan(
             "give each sequence a row of its own, or set pruning_ratio=0."
         )
     attention_mask = None if attention_mask is None else masks[-1]
+    if may_count_padding and "keys" in method.looks_at and has_padding_before_tokens(attention_mask, past_length):
+        raise ValueError(
+            "Rows of the cache have padding before their tokens, which positions count where no position_ids are given. "
+            f"pruning_method {settings.method!r} looks at keys, which depend on positions: it would keep other tokens than of "
+            "the row alone. Pass position_ids, that count no padding, in each call of the conversation."
+        )
     masks = iter(masks)
     visuals = [
         replace(visual, mask=next(masks), image_ends=None if visual.image_ends is None else next(masks)) for visual in visuals
@@ -776,6 +836,7 @@ def make_plan(
         attention_mask,
         grids,
         settings,
+        method,
         past_length=past_length,
         past_entries=past_entries,
         is_text=is_text,
@@ -798,6 +859,16 @@ def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
     flat = torch.cat([mask.flatten() for mask in masks]).cpu()
     parts = flat.split([mask.numel() for mask in masks])
     return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
+
+
+def positions_of(is_token: torch.Tensor) -> torch.LongTensor:
+    """How many tokens stand before each in its row, 0 at padding in front. [batch, length]"""
+    return (is_token.long().cumsum(1) - 1).clamp_min(0)
+
+
+def has_padding_before_tokens(attention_mask: torch.Tensor | None, length: int) -> bool:
+    """Whether a token comes after padding in one of the rows, among the first `length` of a mask on the host."""
+    return attention_mask is not None and bool((attention_mask[:, :length].to(torch.int8).diff(dim=1) > 0).any())
 
 
 def has_pruned_mask(masks: dict) -> bool:
@@ -837,14 +908,18 @@ class PrunedLayerMixin:
     """Put in front of a decoder layer's class. Without a plan it is the stock layer."""
 
     def __call__(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
-        if pruning_plan is not None:  # here, outside of what gradient checkpointing runs again
-            hidden_states = pruning_plan.add_deepstack(layer_index(self), hidden_states)
-        return super().__call__(hidden_states, *args, pruning_plan=pruning_plan, **kwargs)
+        if pruning_plan is None:
+            return super().__call__(hidden_states, *args, **kwargs)
+        states = pruning_plan.merged_states(layer_index(self))
+        hidden_states = super().__call__(hidden_states, *states, *args, pruning_plan=pruning_plan, **kwargs)
+        # Here, outside of what gradient checkpointing runs again.
+        return pruning_plan.add_deepstack(layer_index(self), hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, *args, pruning_plan: PruningPlan | None = None, **kwargs):
-        if pruning_plan is not None:
-            hidden_states, kwargs = pruning_plan.before_layer(layer_index(self), hidden_states, kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
+        if pruning_plan is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden_states, kwargs = pruning_plan.before_layer(layer_index(self), hidden_states, kwargs, args)
+        return super().forward(hidden_states, **kwargs)
 
 
 def layer_index(layer: nn.Module) -> int:
@@ -853,9 +928,16 @@ def layer_index(layer: nn.Module) -> int:
 
 
 def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> None:
-    """Let the layers of this decoder follow a plan. Weights and their names stay as they are.
+    """Let the layers of this decoder follow a plan. Weights and their names stay as they are. See `pruned_layer_classes`."""
+    for module, pruned_class in pruned_layer_classes(decoder, layer_classes).items():
+        module.__class__ = pruned_class
+
+
+def pruned_layer_classes(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> dict[nn.Module, type]:
+    """Which modules of a decoder follow a plan, and the class that each needs for that.
 
     Args:
+        decoder: its layers may be wrapped, each in a module of its own, as for activation checkpointing.
         layer_classes: each a subclass, by `PrunedLayerMixin` in front, of a layer class whose layers hand keywords on, and
             whose attention calls `update` of the cache once with keys after RoPE. A subclass has the name of its stock class,
             by which FSDP and `device_map` look for layers. One of a hybrid decoder names in `linear_attention_class` the class
@@ -864,13 +946,16 @@ def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) 
     Raises:
         ValueError: for a decoder of other layers.
     """
-    pruned_class_of = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}
-    for layer in decoder.layers:
-        if type(layer) not in pruned_class_of:
+    pruned_class_of, found = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}, {}
+    for number, wrapped in enumerate(decoder.layers):
+        layer = next((each for each in wrapped.modules() if undecorated(type(each)) in pruned_class_of), None)
+        if layer is None:
             supported = ", ".join(stock_class.__module__.split(".")[-2] for stock_class in pruned_class_of)
             raise ValueError(
-                f"Language models of type {decoder.config.model_type!r} are not supported. Supported: {supported}."
+                f"Language models of type {decoder.config.model_type!r} are not supported: decoder layer {number} is a "
+                f"{type(wrapped).__name__}. Supported: {supported}."
             )
-        layer.__class__ = pruned_class_of[type(layer)]
+        found[layer] = pruned_class_of[undecorated(type(layer))]
         if hasattr(layer, "linear_attn"):
-            layer.linear_attn.__class__ = layer.linear_attention_class
+            found[layer.linear_attn] = found[layer].linear_attention_class
+    return found

@@ -10,6 +10,7 @@ Notable choices
   stages are scaled to it.
 - Attention rows are recomputed from the last query and the keys, so they do not depend on the attention backend.
 - What decides is computed in float64; ties go to the lower index.
+- What a method says and returns is checked by `pruning_contract.py`.
 """
 
 import math
@@ -20,6 +21,7 @@ from typing import ClassVar
 
 import torch
 
+from .pruning_contract import check_class, checked_places, checked_shares
 from .token_pruning import Selection
 from .token_pruning_device import GridBatch
 
@@ -208,6 +210,10 @@ class PruningMethod:
     corrections: frozenset[str] = frozenset()
     counts_positions: bool = False
 
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        check_class(cls)
+
     def __init__(self, parameters, layer: int, num_layers: int):
         self.parameters, self.layer, self.num_layers = parameters, layer, num_layers
 
@@ -231,9 +237,10 @@ class PruningMethod:
         `stage_shares` times one factor, at most 1, such that the mean over the layers from the first stage on is the budget.
         A stage keeps at least one token, unless its share is 0.
         """
-        layers, shares = self.stage_layers(), self.stage_shares()
+        layers = self.stage_layers()
         if len(layers) == 1:
             return (num_keep,)
+        shares = checked_shares(self, layers)
         widths = [end - start for start, end in zip(layers, (*layers[1:], self.num_layers), strict=True)]
         target, low, high = num_keep / num_visual * sum(widths), 0.0, 1 / min(share for share in shares if share > 0)
         for _ in range(60):
@@ -243,8 +250,9 @@ class PruningMethod:
         return tuple(max(1, round(num_visual * min(round(high * share, 9), 1))) if share > 0 else 0 for share in shares)
 
     def select(self, image: ImageTokens) -> torch.LongTensor:
-        """The tokens to keep, as places among the n of `image`, in order of selection. [num_keep] int64"""
-        raise NotImplementedError
+        """The tokens to keep, as places among the n of `image`, in order of selection. [num_keep] int64,
+        distinct, on the device of the hidden states"""
+        raise NotImplementedError(f"{type(self).__name__} must override select or select_batch.")
 
     @torch.no_grad()
     def select_batch(self, tokens: StageTokens) -> Selection:
@@ -254,24 +262,28 @@ class PruningMethod:
         order = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
         return Selection(tuple(map(len, orders)), order, order.sort().values)
 
+    def _checked_select(self, image: ImageTokens) -> torch.LongTensor:
+        num_keep, device = image.num_keep if self.counts_are_known else None, image.hidden_states.device
+        return checked_places(self.select(image), len(image.indices), num_keep, device, f"{type(self).__name__}.select")
+
     def _select_seen(self, image: ImageTokens) -> torch.LongTensor:
         """`select`, for which tokens that are padding of their tile alone are not there where the method looks at the tower:
         they stay, in raster order, where more is to be kept than the rest."""
         seen = image.tower.seen() if hasattr(image, "tower") else None
         if seen is None:
-            return self.select(image)
+            return self._checked_select(image)
         num_keep = min(image.num_keep, len(seen))
-        order = seen[self.select(image.of(seen, num_keep))]
+        order = seen[self._checked_select(image.of(seen, num_keep))]
         return torch.cat([order, (~image.tower.is_seen).nonzero()[: image.num_keep - num_keep, 0]])
 
     def merge(self, hidden_states: torch.Tensor, selection: Selection, tokens: StageTokens) -> torch.Tensor:
         """New hidden states of the kept tokens, [T, hidden_size] to [R, hidden_size] in the order of `selection.kept`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has has_merge, so it must override merge.")
 
     def sizes(self, selection: Selection, tokens: StageTokens) -> torch.Tensor:
         """How many tokens each of `selection.kept` stands for: in the stage's own layer, and in those above it. [R, 2] float32,
         positive"""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has 'size' among its corrections, so it must override sizes.")
 
 
 def _with_last(order: torch.LongTensor, image: ImageTokens) -> torch.LongTensor:

@@ -190,8 +190,8 @@ def configured(model, configuration: Configuration):
     try:
         for key, value in keys.items():
             setattr(model.config, key, value)
-        if model.config.pruning_settings() is not None:
-            model.model.refuse_unknown_tower()
+        if (settings := model.config.pruning_settings()) is not None:
+            model.model.refuse_unknown_tower(settings)
         yield
     finally:
         for key, value in before.items():

@@ -123,7 +123,7 @@ def run(tmp_path, monkeypatch):
         }
 
     config = VLMPrunerLlavaConfig(text_config=LlamaConfig(hidden_size=192, num_hidden_layers=6))
-    model = SimpleNamespace(config=config, model=SimpleNamespace(refuse_unknown_tower=lambda: None))
+    model = SimpleNamespace(config=config, model=SimpleNamespace(refuse_unknown_tower=lambda settings: None))
     about = accuracy.environment("cpu") | {"dtype": "float32"}
     monkeypatch.setattr(accuracy, "load", lambda path, device: (model, None, about))
     monkeypatch.setattr(accuracy, "evaluate", evaluate)

@@ -16,7 +16,7 @@ from test_token_pruning import GOLDEN, load_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from vlmpruner import stage_packing
+from vlmpruner import pruning_contract, stage_packing
 from vlmpruner.method_vlm_pruner import VLMPruner
 from vlmpruner.pruned_cache import cache_of
 from vlmpruner.pruned_decoder import PruningPlan
@@ -214,6 +214,7 @@ def test_torch_needs_no_host():
 def device_path(monkeypatch):
     """Models choose by the path of a GPU, in plain torch."""
     monkeypatch.setattr(VLMPruner, "choose", staticmethod(select_in_torch))
+    monkeypatch.setattr(pruning_contract, "values_are_free", lambda tensor: False)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
