@@ -25,6 +25,7 @@ NOT_RUN = {
     ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",
     ("docs/looking.md", 'pip install -e ".[app]"'): "serves until it is stopped; tests/app opens the page",
     ("docs/looking.md", 'pip install -e ".[notebook]"'): "tests/test_notebook.py runs the notebook",
+    ("docs/package.md", "import vlmpruner"): "an excerpt; tests/wheel runs it",
     ("docs/parallel.md", "torchrun"): "its program is below it; tests/test_parallel.py runs both",
     ("docs/parallel.md", "from PIL import Image"): "one of two processes; tests/test_parallel.py runs both",
     ("docs/parallel.md", 'pip install -e ".[ray]"'): "needs a folder of pictures; tests/test_examples.py has one",

@@ -23,7 +23,13 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 
 def run(*command, **options) -> None:
     process = subprocess.run(
-        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, **options
+        list(map(str, command)),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        **options,
     )
     assert process.returncode == 0, process.stdout
 
@@ -32,7 +38,9 @@ def run(*command, **options) -> None:
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """Wheel and sdist, the wheel built of the sdist. They are built in a copy, since setuptools writes beside its sources."""
     scratch = tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, scratch / "clone", ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "work"))
+    shutil.copytree(
+        ROOT, scratch / "clone", ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "work")
+    )
     run(sys.executable, "-m", "build", "--outdir", scratch / "dist", scratch / "clone")
     (wheel,), (sdist,) = (scratch / "dist").glob("*.whl"), (scratch / "dist").glob("*.tar.gz")
     return wheel, sdist
@@ -57,7 +65,16 @@ def test_the_sdist_holds_what_the_wheel_is_built_of(built):
     with tarfile.open(built[1]) as sdist:
         files = {member.name.split("/", 1)[1] for member in sdist.getmembers() if member.isfile()}
     made = {"PKG-INFO", "setup.cfg"}
-    papers = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "docs/package.md", "pyproject.toml", "setup.py"}
+    papers = {
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "LICENSE",
+        "MANIFEST.in",
+        "README.md",
+        "docs/package.md",
+        "pyproject.toml",
+        "setup.py",
+    }
     assert {name for name in files if ".egg-info/" not in name} == MODULES | plugin_files() | papers | made
     assert built[1].stat().st_size < 1_000_000
 
