@@ -20,7 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningSettings, check_ratio, encoding_for
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio, encoding_for
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
