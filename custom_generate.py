@@ -1,7 +1,7 @@
 """Make a repo that prunes the requests of any stock model: `python export.py --custom-generate OUT`.
 
-The Hub has repos of decoding code, which `generate(custom_generate=REPO, trust_remote_code=True)` runs. Relative imports of such
-code see one folder alone, so all files lie flat in `custom_generate/`: `generate.py`, and what that imports.
+The Hub has repos of decoding code, which `generate(custom_generate=REPO, trust_remote_code=True)` runs. Relative imports of
+such code see one folder alone, so all files lie flat in `custom_generate/`: `generate.py`, and what that imports.
 """
 
 import shutil
@@ -56,8 +56,8 @@ def write_custom_generate(output: Path, name: str, own: Callable[[str], object])
 CARD_TEXT = """
 # {title}
 
-Decoding code that prunes visual tokens: VLM-Pruner ([arXiv 2512.02700](https://arxiv.org/abs/2512.02700)) and other methods, for
-any model of transformers of the families below. There are no weights here, and nothing has to be exported.
+Decoding code that prunes visual tokens: VLM-Pruner ([arXiv 2512.02700](https://arxiv.org/abs/2512.02700)) and other methods,
+for any model of transformers of the families below. There are no weights here, and nothing has to be exported.
 
 ## Usage
 
@@ -67,9 +67,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 base = "llava-hf/llava-1.5-7b-hf"
 model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(base)
-messages = [{{"role": "user", "content": [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]}}]
+content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]
 inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 ).to(model.device, model.dtype)
 
 outputs = model.generate(
@@ -85,10 +85,10 @@ record = outputs.pruning_record
 print(f"kept {{record.num_kept}} of {{record.num_visual}} visual tokens")
 ```
 
-The model is a pruned one during this call alone. Before and after it, it is the stock model, so it has no `get_pruning_record`;
-the record is an attribute of the outputs, which needs `return_dict_in_generate=True`. It is None where nothing was pruned. To go
-on with `past_key_values` of such outputs, pass `custom_generate` again: the stock model can not read a cache whose layers hold
-different numbers of tokens. Two threads need a model each.
+The model is a pruned one during this call alone. Before and after it, it is the stock model, so it has no
+`get_pruning_record`; the record is an attribute of the outputs, which needs `return_dict_in_generate=True`. It is None where
+nothing was pruned. To go on with `past_key_values` of such outputs, pass `custom_generate` again: the stock model can not read a
+cache whose layers hold different numbers of tokens. Two threads need a model each.
 
 ## What can be set
 

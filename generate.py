@@ -33,12 +33,12 @@ def generate(model, pruning_method: str = "vlm_pruner", **arguments):
     Args:
         model: a model of a supported family, in a class of transformers or in a pruned one.
         pruning_method: a name of docs/methods.md.
-        arguments: of `generate`, and other keys of docs/settings.md, as `pruning_ratio`. A key that is not given has its default.
-            `pruning_question` is the text of each row, for methods that look at it.
+        arguments: of `generate`, and other keys of docs/settings.md, as `pruning_ratio`. A key that is not given has its
+            default. `pruning_question` is the text of each row, for methods that look at it.
 
     Returns:
-        What `generate` returns. With `return_dict_in_generate=True` that has an attribute `pruning_record`: what was kept of each
-        image, or None where nothing was pruned.
+        What `generate` returns. With `return_dict_in_generate=True` that has an attribute `pruning_record`: what was kept of
+        each image, or None where nothing was pruned.
 
     Raises:
         ValueError: for a model that is not supported, and a key that is unknown or out of range.

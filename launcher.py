@@ -1,16 +1,16 @@
 """Run a program of other people with its vision-language models pruned:
 `python -m vlmpruner --ratio 0.889 --method divprune -- script.py ARGUMENTS`, or `-- -m module ARGUMENTS`.
 
-What the program loads with `from_pretrained`, by a stock class, an Auto class or a pipeline, is pruned in place before the program
-gets it. At the end a line on stderr says what was pruned. The exit status is the program's, but `NOTHING_PRUNED` where the program
-ended well and no image was pruned.
+What the program loads with `from_pretrained`, by a stock class, an Auto class or a pipeline, is pruned in place before the
+program gets it. At the end a line on stderr says what was pruned. The exit status is the program's, but `NOTHING_PRUNED` where
+the program ended well and no image was pruned. Processors stay as they are.
 
-Elsewhere this project changes the model that it was given and nothing else. Here `PreTrainedModel.from_pretrained` is replaced for
-the whole process: the process runs this one program, and its caller asked for it.
+Elsewhere this project changes the model that it was given and nothing else. Here `PreTrainedModel.from_pretrained` is replaced
+for the whole process: the process runs this one program, and its caller asked for it.
 
-Not pruned are models that are made in another way, and those of processes that the program starts. So the launcher comes inside of
-launchers: `accelerate launch -m vlmpruner --ratio 0.889 -- script.py`. transformers and torch are imported before the program runs:
-variables that they read at import, as `HF_HOME`, belong into the shell.
+Not pruned are models that are made in another way, and models of processes that the program starts. So the launcher goes inside
+of other launchers: `accelerate launch -m vlmpruner --ratio 0.889 -- script.py`. transformers and torch are imported before the
+program runs: set variables that they read at import, as `HF_HOME`, in the shell.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from .stock_lookups import stock_class, undecorated
 NAME = "python -m vlmpruner"
 NOTHING_PRUNED = 3  # 1 and 2 are what Python and argparse exit with
 HOW_TO = (
-    "Only models that this process loads with from_pretrained are pruned. A program that starts others, as accelerate launch and "
-    "torchrun do, goes outside: accelerate launch -m vlmpruner ... -- script.py."
+    "Only models that this process loads with from_pretrained are pruned. A program that starts others, as accelerate launch "
+    "and torchrun do, goes outside: accelerate launch -m vlmpruner ... -- script.py."
 )
 
 
@@ -88,14 +88,15 @@ class Watch:
             self.num_visual += record.num_visual
 
     def __str__(self) -> str:
-        """The last line."""
+        """The last line. A video counts as an image."""
         if self.num_images:
-            text = (
-                f"pruned {self.num_images} images in {self.num_calls} calls of {_listed(self.classes)}: kept "
-                f"{self.num_kept} of {self.num_visual} visual tokens."
-            )
+            images, calls = _counted(self.num_images, "image"), _counted(self.num_calls, "call")
+            kept = f"kept {self.num_kept} of {self.num_visual} visual tokens"
+            text = f"pruned {images} in {calls} of {_listed(self.classes)}: {kept}."
         elif self.classes:
-            text = f"nothing was pruned: no call of {_listed(self.classes)} had an image or a video with a ratio above 0. {HOW_TO}"
+            text = (
+                f"nothing was pruned: no call of {_listed(self.classes)} had an image or a video with a ratio above 0. {HOW_TO}"
+            )
         else:
             text = f"nothing was pruned: no model of a supported family was loaded. {HOW_TO}"
         if self.left_alone:
@@ -104,6 +105,10 @@ class Watch:
             text += f" Refused: {' '.join(self.refusals)}"
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         return f"vlmpruner{rank}: {text}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _listed(names: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""A repo of `export.py --custom-generate`: in a fresh process, a stock model's request is pruned, and the model is as before."""
+"""A repo of `export.py --custom-generate`: a stock model's request is pruned in a fresh process, and the model is as before."""
 
 import json
 import os
