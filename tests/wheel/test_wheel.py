@@ -21,15 +21,15 @@ MODULES = {path.name for path in ROOT.glob("*.py")} - SCRIPTS
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
-def run(*command, **options) -> None:
+def run(*command, cwd: Path | None = None) -> None:
     process = subprocess.run(
         list(map(str, command)),
+        cwd=cwd,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
-        **options,
     )
     assert process.returncode == 0, process.stdout
 
@@ -38,9 +38,8 @@ def run(*command, **options) -> None:
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """Wheel and sdist, the wheel built of the sdist. They are built in a copy, since setuptools writes beside its sources."""
     scratch = tmp_path_factory.mktemp("built")
-    shutil.copytree(
-        ROOT, scratch / "clone", ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "work")
-    )
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "work")
+    shutil.copytree(ROOT, scratch / "clone", ignore=left_out)
     run(sys.executable, "-m", "build", "--outdir", scratch / "dist", scratch / "clone")
     (wheel,), (sdist,) = (scratch / "dist").glob("*.whl"), (scratch / "dist").glob("*.tar.gz")
     return wheel, sdist
@@ -64,33 +63,30 @@ def test_the_wheel_holds_the_modules_of_the_library_alone(built):
 def test_the_sdist_holds_what_the_wheel_is_built_of(built):
     with tarfile.open(built[1]) as sdist:
         files = {member.name.split("/", 1)[1] for member in sdist.getmembers() if member.isfile()}
-    made = {"PKG-INFO", "setup.cfg"}
-    papers = {
-        "CHANGELOG.md",
-        "CITATION.cff",
-        "LICENSE",
-        "MANIFEST.in",
-        "README.md",
-        "docs/package.md",
-        "pyproject.toml",
-        "setup.py",
-    }
-    assert {name for name in files if ".egg-info/" not in name} == MODULES | plugin_files() | papers | made
+    texts = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "docs/package.md"}
+    settings = {"MANIFEST.in", "PKG-INFO", "pyproject.toml", "setup.cfg", "setup.py"}
+    assert {name for name in files if ".egg-info/" not in name} == MODULES | plugin_files() | texts | settings
     assert built[1].stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize("form", ["wheel", "sdist"])
-def test_what_is_installed_works_without_the_clone(built, tmp_path, form):
-    """In an environment that has of the clone's nothing but torch, transformers and what they need."""
-    environment, empty = tmp_path / "environment", tmp_path / "empty"
+def install(distribution: Path, environment: Path) -> Path:
+    """The site-packages of a new environment that has `distribution` and nothing else."""
     venv.create(environment, symlinks=True)
-    python = environment / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", built[["wheel", "sdist"].index(form)])
+    run(sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", "--no-deps", distribution)
     (site_packages,) = environment.glob("lib/python3.*/site-packages")
+    return site_packages
+
+
+def test_the_sdist_installs_what_the_wheel_does(built, tmp_path):
+    site_packages = install(built[1], tmp_path / "environment")
+    assert {path.name for path in (site_packages / "vlmpruner").iterdir() if path.is_file()} == MODULES
+    assert all((site_packages / name).is_file() for name in plugin_files())
+
+
+def test_what_is_installed_works_without_the_clone(built, tmp_path):
+    """In an environment that has torch, transformers and what they need from the one that tests, and not the clone."""
+    environment, empty = tmp_path / "environment", tmp_path / "empty"
+    site_packages = install(built[0], environment)
     (site_packages / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     empty.mkdir()
-    if form == "sdist":  # the same files, which the other case runs
-        installed = {path.name for path in (site_packages / "vlmpruner").glob("*.py")}
-        assert installed == MODULES
-        return
-    run(python, Path(__file__).with_name("use_installed.py"), cwd=empty)
+    run(environment / "bin" / "python", Path(__file__).with_name("use_installed.py"), cwd=empty)
