@@ -40,16 +40,21 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
-def pytest_collection_modifyitems(items):
-    for item in items:
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        if getattr(family, "like", None) and not item.get_closest_marker("core"):
-            item.add_marker(pytest.mark.once)
+def pytest_collection_modifyitems(config, items):
+    shared = {item for item in items if shares_its_code(item)}
+    config.hook.pytest_deselected(items=list(shared))
+    items[:] = [item for item in items if item not in shared]
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def shares_its_code(item) -> bool:
+    """Whether a test is of a family that is `like` another, and is none of the `core` that all families run."""
+    family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+    return bool(getattr(family, "like", None)) and not item.get_closest_marker("core")
 
 
 @pytest.fixture(autouse=True)
