@@ -29,7 +29,17 @@ from families import (
     spread_weights,
 )
 from stock_towers import idefics3_tower, internvl_tower, mistral3_tower
-from test_families import CLOSE, EXACT, decoder_inputs, generate, join_turns, later_turn, positions, step_logits
+from test_families import (
+    CLOSE,
+    EXACT,
+    CountOperations,
+    decoder_inputs,
+    generate,
+    join_turns,
+    later_turn,
+    positions,
+    step_logits,
+)
 from transformers import DynamicCache
 
 from vlmpruner import pruning_methods, tower_signals
@@ -439,20 +449,72 @@ def test_drawing_training_and_off(name, family):
         off = model(**inputs, pruning_ratio=0.0)
         torch.testing.assert_close(off.logits, load_stock(family)(**inputs).logits, **EXACT)
         assert off.pruning_record is None
-    if name == "random":
-        return
+    if name != "random":
+        assert_equal_gradients(model, inputs)
+
+
+def assert_equal_gradients(model, inputs):
+    """With checkpointing of either kind as without. Re-entrant, layers run without a graph at first, and with one later."""
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         trained = copy.deepcopy(model).train()
         trained.enable_input_require_grads()
-        if checkpointing:
-            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if checkpointing is not None:
+            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         outputs = trained(**inputs, labels=inputs["input_ids"])
         outputs.loss.backward()
         gradients.append({key: parameter.grad for key, parameter in trained.named_parameters() if parameter.grad is not None})
     assert any(gradient.abs().max() > 0 for key, gradient in gradients[0].items() if "vis" in key)
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6)
+    for others in gradients[1:]:
+        assert others.keys() == gradients[0].keys()
+        for key, gradient in gradients[0].items():
+            torch.testing.assert_close(others[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "mistral3"])
+def test_what_is_merged_of_the_tower_gets_its_gradient(name):
+    family = FAMILIES[name]
+    inputs = make_inputs(family, [([picture(1)], "What is it?"), ([picture(2, 200, 300)], "And what is this one?")])
+    assert_equal_gradients(load_method(family, "visionzip"), inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OF_KNOWN_TOWER, ids=lambda family: family.name)
+def test_off_looks_at_no_tower(family):
+    """Not one operation more runs, whoever encodes."""
+    model, stock = load_method(family, "scope", pruning_ratio=0.5), load_stock(family)
+    inputs, off = make_inputs(family, [([picture(1)], "What is it?")]), {"pruning_ratio": 0.0}
+    counts = []
+    for each, keys in ((stock, {}), (model, off)):
+        with CountOperations() as forward:
+            each(**inputs, **keys)
+        with CountOperations() as generation:
+            each.generate(**inputs, **keys, max_new_tokens=1, do_sample=False)
+        counts.append((forward.count, generation.count))
+    assert counts[0] == counts[1]
+
+
+@torch.no_grad()
+def test_off_takes_features_that_a_method_can_not_look_behind():
+    family = FAMILIES["llava"]
+    model, inputs = load_method(family, "scope"), make_inputs(family, [([picture(1)], "What is it?")])
+    inputs["vision_feature_layer"] = [-2]
+    with pytest.raises(ValueError, match=r"they are of several with vision_feature_layer=\[-2\]"):
+        model(**inputs)
+    off, stock = model(**inputs, pruning_ratio=0.0), load_stock(family)(**inputs)
+    torch.testing.assert_close(off.logits, stock.logits, **EXACT)
+
+
+@torch.no_grad()
+def test_features_encoded_by_hand_can_be_pruned():
+    """Whatever the config's ratio is while they are encoded."""
+    family = FAMILIES["llava"]
+    model, inputs = load_method(family, "scope", pruning_ratio=0.0), make_inputs(family, [([picture(1)], "What is it?")])
+    pixels = inputs.pop("pixel_values")
+    encoded = {"image": model.get_image_features(pixels, return_dict=True)}
+    found = model(**inputs, mm_encoder_outputs=encoded, pruning_ratio=0.8)
+    expected = model(**inputs, pixel_values=pixels, pruning_ratio=0.8)
+    torch.testing.assert_close(found.logits, expected.logits, **EXACT)
 
 
 # Stages and positions

@@ -1,6 +1,7 @@
 """What is Qwen's own: grids in time, M-RoPE positions that stay with the cache, images and videos in one prompt."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -185,6 +186,64 @@ def test_a_tiny_picture_and_one_repeated(family):
         assert image.num_visual == tiny_grid and image.num_kept == max(1, round(int(tiny_grid) * (1 - 0.889)))
         twice = model(**make_inputs(family, [([picture(2), picture(2)], "Same?")])).pruning_record
     assert len(twice) == 2 and twice.images[0].grid == twice.images[1].grid
+
+
+@torch.no_grad()
+def test_off_without_types_of_tokens_is_the_stock_class(family):
+    """Which raises, or counts all tokens as text. Pruned, a forward is refused: an image's positions would be another's."""
+    model, stock = load_pruned(family), load_stock(family)
+    inputs = dict(make_inputs(family, [([picture(1)], "What?")]))
+    del inputs["mm_token_type_ids"]
+    embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embedded["inputs_embeds"] = stock.get_input_embeddings()(inputs["input_ids"])
+    calls = [
+        lambda model, **off: model(**inputs, **off),
+        lambda model, **off: model(**embedded, **off),
+        lambda model, **off: model.generate(**inputs, **off, max_new_tokens=2, do_sample=False),
+    ]
+    for call in calls:
+        stock.model.rope_deltas = None  # of an earlier request
+        try:
+            expected = call(stock)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                call(model, pruning_ratio=0.0)
+            continue
+        found = call(model, pruning_ratio=0.0)
+        found, expected = (each if isinstance(each, torch.Tensor) else each.logits for each in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for given in (inputs, embedded):
+        with pytest.raises(ValueError, match="mm_token_type_ids is missing"):
+            model(**given)
+
+
+@torch.no_grad()
+def test_a_later_turn_without_types_of_tokens_is_generated_as_by_the_stock_class(family):
+    first, later = (dict(make_inputs(family, [([picture(number)], "What?")])) for number in (1, 2))
+    found = []
+    for model in (load_pruned(family, pruning_ratio=0.0), load_stock(family)):
+        options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        turn = model.generate(**first, **options)
+        ids = torch.cat([turn.sequences, later["input_ids"]], dim=1)
+        given = {name: later[name] for name in ("pixel_values", "image_grid_thw")} | {CACHE_NAME: cache_of(turn)}
+        found.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **options).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_no_request_leaves_its_positions_to_the_next(family):
+    """What is embedded by hand gets its positions from the decoder, which has no offset of a request before it."""
+    model = copy.deepcopy(load_pruned(family))
+    text = model.get_input_embeddings()(make_inputs(family, [([], "Say something nice about nothing.")])["input_ids"])
+
+    def play():
+        cache = DynamicCache(config=model.config)
+        model(inputs_embeds=text[:, :-3], **{CACHE_NAME: cache})
+        return model(inputs_embeds=text[:, -3:], **{CACHE_NAME: cache}).logits
+
+    before = play()
+    model.generate(**make_inputs(family, [([picture(1)], "What?")]), max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(play(), before, rtol=0, atol=0)
 
 
 def test_wrong_grids_are_named(family):

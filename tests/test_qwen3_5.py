@@ -235,6 +235,32 @@ def test_other_layers_of_another_hybrid():
     assert lengths[1] == lengths[3] > lengths[5] == lengths[7]
 
 
+@torch.no_grad()
+def test_keys_in_layer_0_alone(in_float64):
+    """Tokens can leave before it; the only layer that counts tokens is then a pruned one."""
+    config = copy.deepcopy(load_pruned(DENSE).config)
+    config.text_config.layer_types, config.pruning_layer = [FULL, *[LINEAR] * 7], 1
+    with pytest.raises(
+        ValueError, match=r"pruning_layer=1 and needs a layer with keys from layer 1 on, .* could prune at \[\]"
+    ):
+        config.pruning_settings()
+    config.pruning_method = "divprune"
+    torch.manual_seed(0)
+    model = double(VLMPrunerQwen3_5ForConditionalGeneration(config))
+    together = play(model, TURNS)
+    for row in range(3):
+        (alone,) = play(model, [[turn[row]] for turn in TURNS])
+        torch.testing.assert_close(together[row], alone, **EXACTLY)
+    inputs = in_double(make_inputs(DENSE, TURNS[0]))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    cached, *others = (
+        model.generate(**inputs, **options, **keys) for keys in ({}, {"use_cache": False}, {"cache_implementation": "static"})
+    )
+    for other in others:
+        torch.testing.assert_close(torch.stack(other.logits), torch.stack(cached.logits), **EXACTLY)
+    assert int(cache_of(cached).get_seq_length()) == inputs["input_ids"].shape[1] + 2 > lengths_of(cache_of(cached))[0]
+
+
 # Methods
 
 
