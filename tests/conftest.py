@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class RootOfTests:
-    """The root is the package `vlmpruner`, but no package of tests. As one, pytest would import its `__init__.py` a second time,
-    under the name of the clone's folder, and fail where that name is no identifier."""
+    """The root is the package `vlmpruner`, but no package of tests. As one, pytest would import its `__init__.py` a second
+    time, under the name of the clone's folder, and fail where that name is no identifier."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path, parent):

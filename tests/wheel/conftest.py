@@ -1,4 +1,4 @@
-"""The tests of wheel and sdist run in an environment of their own, with `build`, and ask the package index: `make test-wheel`."""
+"""The tests of wheel and sdist have an environment of their own, with `build`, and ask the package index: `make test-wheel`."""
 
 from importlib.util import find_spec
 
