@@ -1,6 +1,7 @@
 """VLM-Pruner for transformers: vision-language models that drop redundant visual tokens inside the decoder."""
 
-from . import export
+from importlib import import_module
+
 from .configuration_vlmpruner import (
     PruningConfig,
     VLMPrunerGlm4vConfig,
@@ -51,3 +52,10 @@ __all__ = [
     "pruning",
     "unprune",
 ]
+
+
+def __getattr__(name: str):
+    """The module `export`, imported when it is first used: so `python -m vlmpruner.export` runs it once."""
+    if name == "export":
+        return import_module(".export", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

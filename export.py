@@ -1,5 +1,6 @@
 """Make a pruned model repo out of a base checkpoint: `python export.py BASE --ratio 0.889 --output DIR`.
-And back: `python export.py PRUNED --to-base --output DIR`.
+And back: `python export.py PRUNED --to-base --output DIR`. A repo without weights, for the requests of any stock model:
+`python export.py --custom-generate DIR`.
 
 The repo holds the base's weights untouched (hard links where the file system allows, so they take no space), its config with
 the `pruning_*` keys and an `auto_map` to our code, the Python files that this code needs, processor, tokenizer,
@@ -76,9 +77,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parent
 
 if __package__:
-    from . import original_llava
+    from . import custom_generate, original_llava
 else:
     sys.path += [] if str(ROOT) in sys.path else [str(ROOT)]  # isolated, Python leaves a script's folder out
+    import custom_generate
     import original_llava
 
 CONFIG, INDEX, SINGLE_SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -867,6 +869,28 @@ def recover(output: Path, report: Callable[[str], None]) -> None:
         report(f"{beside} belongs to an export that is running, or was left by one that was killed")
 
 
+def export_custom_generate(
+    output: str | os.PathLike,
+    *,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Write the repo of `custom_generate.py` to the folder `output`. The other arguments and errors are as in `export_model`.
+
+    Returns:
+        The absolute path of `output`.
+    """
+    if push_to_hub:
+        validate_repo_id(push_to_hub)
+    output = Path(output).expanduser().resolve()
+    written = custom_generate.write_custom_generate(output, push_to_hub or str(output), own)
+    report(f"wrote {output}: {len(written)} files, for generate(custom_generate=..., trust_remote_code=True)")
+    if push_to_hub:
+        upload(output, written, push_to_hub, private, report)
+    return output
+
+
 def upload(folder: Path, names: list[str], repo_id: str, private: bool | None, report: Callable[[str], None]) -> None:
     """Upload the files `names` of an export to the Hub."""
     report(f"uploading {folder} to {repo_id}")
@@ -1092,13 +1116,31 @@ def readable(size: float) -> str:
     return f"{size:.1f} {units[0]}"
 
 
+def add_pruning_keys(parser, config_class: type, methods_with: dict[str, dict]) -> None:
+    """Give a parser, or a group of its arguments, an option for each `pruning_` key, without a default.
+
+    Args:
+        config_class: `PruningConfig`.
+        methods_with: `METHODS_WITH` beside it.
+    """
+    for field in fields(config_class):
+        name, default = field.name.removeprefix("pruning_"), field.default
+        owners = methods_with[name] if default is None else {}
+        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
+        default = next(iter(owners.values())).default if owners else default
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("base", help="folder, or id of a model on the Hub")
-    add("--output", required=True, help="folder to make")
+    add("base", nargs="?", help="folder, or id of a model on the Hub")
+    add("--output", help="folder to make")
+    add("--custom-generate", metavar="OUTPUT", help="instead of a model, make a repo for generate(custom_generate=...)")
     add("--to-base", action="store_true", help="make the base's repo, for the stock classes, of a pruned one")
     add("--force", action="store_true", help="replace the output folder if it is an earlier export and holds nothing else")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
@@ -1107,16 +1149,25 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a base on the Hub")
     add("--results", metavar="FILE", help="put the table of this JSON of benchmarks/accuracy.py into the card")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
-    methods_with = own("configuration_vlmpruner.METHODS_WITH")
-    for field in pruning_fields():
-        name, default = field.name.removeprefix("pruning_"), field.default
-        owners = methods_with[name] if default is None else {}
-        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
-        default = next(iter(owners.values())).default if owners else default
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        flag = "--" + name.replace("_", "-")
-        keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+    add_pruning_keys(keys, own("configuration_vlmpruner.PruningConfig"), own("configuration_vlmpruner.METHODS_WITH"))
     return parser
+
+
+def run(parser: argparse.ArgumentParser) -> None:
+    """Do what the command line says."""
+    arguments = vars(parser.parse_args())
+    output = arguments.pop("custom_generate")
+    if output is None:
+        if missing := [name for name in ("base", "output") if arguments[name] is None]:
+            parser.error(f"the following arguments are required: {', '.join(missing).replace('output', '--output')}")
+        export_model(**arguments)
+        return
+    allowed = {"push_to_hub", "private"}
+    if others := sorted(key for key, value in arguments.items() if key not in allowed and value not in (None, False)):
+        raise ValueError(
+            f"--custom-generate makes a repo without weights and keys, so it does not go with {', '.join(others)}."
+        )
+    export_custom_generate(output, **{key: arguments[key] for key in allowed})
 
 
 def main() -> int:
@@ -1126,7 +1177,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that it cleans up
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        export_model(**vars(argument_parser().parse_args()))
+        run(argument_parser())
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130

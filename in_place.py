@@ -184,7 +184,7 @@ def models_in(module) -> list[PreTrainedModel]:
     Raises:
         ValueError: where there is none, and for one whose class has code of its own.
     """
-    found = _find_models(module) if isinstance(module, nn.Module) else []
+    found = find_models(module) if isinstance(module, nn.Module) else []
     if not found:
         model_type = getattr(getattr(module, "config", None), "model_type", None)
         of_type = "" if model_type is None else f" of model_type {model_type!r}"
@@ -192,7 +192,8 @@ def models_in(module) -> list[PreTrainedModel]:
     return found
 
 
-def _find_models(module: nn.Module) -> list[PreTrainedModel]:
+def find_models(module: nn.Module) -> list[PreTrainedModel]:
+    """As `models_in`, but a module may have none."""
     own_class = undecorated(type(module))
     if isinstance(module, PreTrainedModel) and is_ours(own_class):
         return [module]
@@ -205,7 +206,7 @@ def _find_models(module: nn.Module) -> list[PreTrainedModel]:
                 f"{own_class.__module__}.{own_class.__name__} has code of its own on top of the class of transformers, and "
                 f"what that does to visual tokens is not known. {_supported()}"
             )
-    return [model for child in module.children() for model in _find_models(child)]
+    return [model for child in module.children() for model in find_models(child)]
 
 
 def _config_class_for(some_class: type) -> type | None:

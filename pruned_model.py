@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -216,6 +217,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
+    observers: ClassVar[list[Callable[[PruningRecord], None]]] = []  # each is called with the record of each call that prunes
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -340,6 +342,8 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         if settings is not None and plan.record is not None:
             kept, visual = plan.record.num_kept, plan.record.num_visual
             logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
+            for observe in self.observers:
+                observe(plan.record)
         add_encoded(outputs, encoded, visuals)
         return outputs
 
@@ -462,15 +466,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         return None
 
     def resolve_position_ids(
-        self,
-        input_ids,
-        inputs_embeds,
-        attention_mask,
-        position_ids,
-        cache,
-        has_visuals: bool,
-        is_stock_call: bool,
-        inputs: dict,
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, inputs: dict
     ) -> torch.LongTensor | None:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids

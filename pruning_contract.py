@@ -1,12 +1,13 @@
 """What a pruning method promises, checked. What it returns decides which tokens are still there, so a slip would show nowhere.
 
 A class is checked when it is defined, an instance when a call begins (`check_method`), and what it returns in each call. Types,
-shapes and lengths are known on the host. Values are looked at where nobody waits for them, outside of CUDA; on CUDA an assertion
-on the device looks at those of `select`.
+shapes and lengths are known on the host. Values are looked at where nobody waits for them, outside of CUDA; on CUDA an
+assertion on the device looks at those of `select`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 
 import torch
 
@@ -45,7 +46,8 @@ def check_method(method) -> None:
     layers = method.stage_layers()
     if not _are(layers, _is_integer) or not layers or not _ascend((-1, *layers, last + 1)):
         raise ValueError(
-            f"{name}.stage_layers() must be decoder layers from 0 to {last}, at least one, ascending, each once, but is {layers!r}."
+            f"{name}.stage_layers() must be decoder layers from 0 to {last}, at least one, ascending and each once, but is "
+            f"{layers!r}."
         )
     if layers[0] == 0 and (missing := method.looks_at & set(SIGNALS_FROM_BELOW)):
         raise ValueError(
@@ -80,8 +82,8 @@ def checked_counts(method, num_visual: int, num_keep: int) -> Sequence[int]:
     counts, layers = method.counts(num_visual, num_keep), method.stage_layers()
     if not _are(counts, _is_integer) or len(counts) != len(layers) or not _fall((num_visual, *counts, 0)):
         raise ValueError(
-            f"{type(method).__name__}.counts({num_visual}, {num_keep}) must be {len(layers)} integers in [0, {num_visual}], one "
-            f"for each of the layers {layers!r}, none above the one before it, but is {counts!r}."
+            f"{type(method).__name__}.counts({num_visual}, {num_keep}) must be {len(layers)} integers in [0, {num_visual}], "
+            f"one for each of the layers {layers!r}, none above the one before it, but is {counts!r}."
         )
     return counts
 
@@ -94,7 +96,7 @@ def checked_places(places, num_tokens: int, num_keep: int | None, device: torch.
         num_keep: how many are to be kept; None where that is the method's to say.
 
     Raises:
-        ValueError: unless they are as many, distinct and in [0, num_tokens). On CUDA an assertion on the device says the last two.
+        ValueError: unless they are as many, distinct and in [0, num_tokens). On CUDA a failed assertion says the last two.
     """
     _check_tensor(places, 1, torch.int64, device, name)
     if len(places) != num_keep if num_keep is not None else len(places) > num_tokens:
@@ -119,7 +121,7 @@ def checked_selection(method, tokens) -> Selection:
             knows.
     """
     selection, name = method.select_batch(tokens), f"{type(method).__name__}.select_batch"
-    if not isinstance(selection, Selection):
+    if getattr(selection, "_fields", None) != Selection._fields:  # by class, the library's copy of a method's module is another
         raise ValueError(f"{name} must return a Selection, but returned {_described(selection)}.")
     counts, budget = selection.counts, tuple(tokens.num_keep if method.counts_are_known else tokens.sizes)
     is_legal = _are(counts, _is_integer) and len(counts) == len(budget)
@@ -205,8 +207,8 @@ def _is_within(count: int, limit: int) -> bool:
 
 
 def _ascend(values: Sequence[float]) -> bool:
-    return all(value < later for value, later in zip(values, values[1:], strict=False))
+    return all(value < later for value, later in pairwise(values))
 
 
 def _fall(values: Sequence[float]) -> bool:
-    return all(value >= later for value, later in zip(values, values[1:], strict=False))
+    return all(value >= later for value, later in pairwise(values))

@@ -12,6 +12,7 @@ has no line yet (with --retry-errors, also what has an error); a file of other s
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 
@@ -135,7 +136,7 @@ def answered_before(output: Path, asked: dict, retry_errors: bool) -> set[str]:
             line = None
         if line is None and number == len(lines):
             break
-        if not isinstance(line, dict) or "path" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get("path"), str):
             raise ValueError(f"{output}, line {number}, is not a line of this program. Give another --output.")
         if different := [name for name in ASKED if line.get(name) != asked[name]]:
             said = ", ".join(f"{name} {line.get(name)!r} instead of {asked[name]!r}" for name in different)
@@ -165,6 +166,10 @@ def main():
     parser.add_argument("--address", help="of a Ray cluster, or `auto`; by default Ray is started on this machine")
     parser.add_argument("--retry-errors", action="store_true")
     options = parser.parse_args()
+    for word in sys.argv:
+        if word.encode(errors="replace").decode() != word:
+            name = os.fsencode(word)
+            parser.error(f"{name!r} is no UTF-8, and Ray takes no other command line. Of a folder, give a link to it.")
     if not options.input.is_dir():
         parser.error(f"--input {options.input} is not a folder.")
     asked = {name: getattr(options, name) for name in ASKED}

@@ -18,11 +18,24 @@ import vlmpruner
 logging.set_verbosity_error()
 
 
-def pytest_configure():
-    tested, imported = Path(__file__).resolve().parents[1], Path(next(iter(vlmpruner.__path__))).resolve()
-    if tested != imported:
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RootOfTests:
+    """The root is the package `vlmpruner`, but no package of tests. As one, pytest would import its `__init__.py` a second time,
+    under the name of the clone's folder, and fail where that name is no identifier."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path) if path.resolve() == ROOT else None
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(RootOfTests())
+    imported = Path(next(iter(vlmpruner.__path__))).resolve()
+    if imported != ROOT:
         raise pytest.UsageError(
-            f"These tests are of {tested}, but this Python imports vlmpruner from {imported}, where its environment was made. "
+            f"These tests are of {ROOT}, but this Python imports vlmpruner from {imported}, where its environment was made. "
             "Run `make test`, or `pip install -e .` in this folder."
         )
 

@@ -95,6 +95,16 @@ def test_lines_end_where_json_lines_end(tmp_path):
 
 
 @pytest.mark.once
+def test_a_command_line_that_is_no_utf8_is_named(monkeypatch, capsys):
+    """Ray fails at it in C++."""
+    words = ["batch_inference.py", "--model", ".", "--input", os.fsdecode(b"caf\xe9"), "--output", "lines.jsonl"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))["main"]()
+    assert r"error: b'caf\xe9' is no UTF-8, and Ray takes no other command line" in capsys.readouterr().err
+
+
+@pytest.mark.once
 def test_a_prompt_starts_with_one_token_of_start():
     """Chat templates write it, and public tokenizers add it: those of Mistral and of Idefics3, not the small one here."""
     family = FAMILIES["mistral3"]

@@ -60,6 +60,7 @@ def test_left_padded_row_is_pruned_as_the_row_alone(name, number):
     torch.testing.assert_close(row.logits[:, number:], alone.logits, **close(family))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_chooses_as_of_the_row_alone(family, method):
     if family.name == THREE_AXES and METHODS[method].counts_positions:
@@ -198,3 +199,20 @@ def test_virtual_tokens_of_prompt_tuning_before_a_padded_row(family):
         logits.append((orders(outputs.pruning_record), outputs.logits[:, number:]))
     assert logits[0][0] == logits[1][0]
     torch.testing.assert_close(logits[0][1], logits[1][1], **close(family))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("method", [name for name, each in METHODS.items() if each.looks_at <= {"keys", "tower"}])
+def test_what_looks_at_images_alone_keeps_the_same_once_an_answer_follows(family, method):
+    """As trainers score an answer by `forward`: see docs/training.md."""
+    if family.name == THREE_AXES and METHODS[method].counts_positions:
+        pytest.skip("is refused where positions have several axes")
+    model, prompt, kept = load_method(family, method), request_of(family), []
+    answer = torch.tensor([[9, 10, 11, 12]])
+    new = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": torch.zeros_like(answer)}
+    scored = prompt | {name: torch.cat([prompt[name], new[name]], dim=1) for name in new if name in prompt}
+    for inputs in (prompt, padded(scored, 20)):
+        torch.manual_seed(0)  # for "random"
+        with torch.no_grad():
+            kept.append(orders(model(**inputs).pruning_record))
+    assert kept[0] == kept[1]
