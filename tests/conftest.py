@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from fresh_python import FreshPython
 from transformers.utils import logging
 
 import vlmpruner
@@ -60,3 +61,12 @@ def shares_its_code(item) -> bool:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory):
+    """Runs scripts that know nothing of the project, unless they are told where it is, with one cache of custom code for all."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with FreshPython(environment) as fresh:
+        yield fresh

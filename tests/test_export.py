@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, picture, spread_weights
-from fresh_python import FreshPython
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
@@ -39,21 +38,17 @@ def exported(family, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """Runs a script in a process that knows nothing of the project, with one cache of custom code for the module's tests."""
-    home = tmp_path_factory.mktemp("home")
-    picture(1).save(home / "picture.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with FreshPython(environment) as fresh:
+def python(fresh_python, tmp_path_factory):
+    """Runs a script in a process that knows nothing of the project."""
 
-        def run(script: Path, *arguments, cwd: Path) -> str:
-            done = fresh.run(script, *arguments, cwd=cwd)
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
+    def run(*words, cwd: Path) -> str:
+        done = fresh_python.run(*words, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-        run.picture = home / "picture.png"
-        yield run
+    run.picture = tmp_path_factory.mktemp("picture") / "picture.png"
+    picture(1).save(run.picture)
+    return run
 
 
 @pytest.fixture
@@ -779,9 +774,9 @@ export.export_model({base!r}, folder, force=True)
 
 @pytest.mark.once
 @pytest.mark.parametrize("step", ["exchange", "rename"])
-def test_a_kill_loses_no_export(step, tmp_path, lines):
+def test_a_kill_loses_no_export(step, fresh_python, tmp_path, lines):
     output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
-    process = subprocess.run([sys.executable, "-c", KILLED.format(base=str(LLAVA)), step, output], timeout=300)
+    process = fresh_python.run("-c", KILLED.format(base=str(LLAVA)), step, output, cwd=tmp_path)
     assert process.returncode == -signal.SIGKILL
     if step == "exchange":
         assert ratio_of(output) == 0.889
