@@ -20,6 +20,13 @@ STAND_INS = {"llava-hf/llava-1.5-7b-hf": str(ROOT)}
 EXPORT = "llava-pruned"
 # (page, how the block begins) -> why it does not run here.
 NOT_RUN = {
+    (
+        "docs/any_model.md",
+        "python -m vlmpruner --ratio 0.889 -- -m lmms_eval",
+    ): "needs lmms-eval; tests/lmms_eval_plugin runs it",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- sft.py"): "needs TRL and data; its page says what was run",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- transformers"): "serves until it is stopped",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- run.py"): "needs VLMEvalKit and others; not run",
     ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",
