@@ -123,7 +123,7 @@ PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 	@realpath "$$(.venv/bin/python $(PURELIB))" > "$$($(@D)/bin/python $(PURELIB))/zz_shared.pth"
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -e .
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps lmms_eval==0.7.3 "bitsandbytes>=0.49" "torchao>=0.16"
-	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" av evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
+	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" av decord evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
 		tqdm-multiprocess 2>/dev/null
 	@touch $@
 

@@ -87,8 +87,8 @@ print(f"kept {{record.num_kept}} of {{record.num_visual}} visual tokens")
 
 The model is a pruned one during this call alone. Before and after it, it is the stock model, so it has no
 `get_pruning_record`; the record is an attribute of the outputs, which needs `return_dict_in_generate=True`. It is None where
-nothing was pruned. To go on with `past_key_values` of such outputs, pass `custom_generate` again: the stock model can not read a
-cache whose layers hold different numbers of tokens. Two threads need a model each.
+nothing was pruned. To go on with the cache of such outputs, pass `custom_generate` again: the stock model can not read a cache
+whose layers hold different numbers of tokens. Two threads need a model each.
 
 ## What can be set
 

@@ -20,6 +20,13 @@ BASE, EXPORT = "llava-hf/llava-1.5-7b-hf", "llava-pruned"  # what a reader has, 
 NOT_RUN = {
     ("docs/attention.md", 'pip install -e ".[flash-attn]"'): "needs a GPU",
     ("docs/attention.md", "from transformers"): "needs a GPU; tests/test_flash_attention.py loads so with a stand-in",
+    (
+        "docs/any_model.md",
+        "python -m vlmpruner --ratio 0.889 -- -m lmms_eval",
+    ): "needs lmms-eval; tests/lmms_eval_plugin runs it",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- sft.py"): "needs TRL and data; its page says what was run",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- transformers"): "serves until it is stopped",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- run.py"): "needs VLMEvalKit and others; not run",
     ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",
