@@ -65,7 +65,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def fresh_python(tmp_path_factory):
-    """Runs scripts that know nothing of the project, unless they are told where it is, with one cache of custom code for all."""
+    """Runs scripts that know nothing of the project, unless it is on their path, with one cache of custom code for all."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with FreshPython(environment) as fresh:

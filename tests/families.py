@@ -93,7 +93,7 @@ FAMILIES = {
         Family(
             name="llava",
             grids={(640, 480): [(24, 24)], (300, 500): [(24, 24)]},
-            options=[{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
+            options=[{"do_center_crop": False, "size": {"height": 84, "width": 84}}],
             tile=84,
         ),
         Family(

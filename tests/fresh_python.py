@@ -49,8 +49,8 @@ class FreshPython:
         return done
 
     def run_ranks(self, number: int, *words, cwd: Path, path=(), timeout: int = 300) -> list[subprocess.CompletedProcess]:
-        """`run` in `number` processes at once, with the variables by which `torchrun` tells each its place among them. Where one
-        fails, the others are killed."""
+        """`run` in `number` processes at once, with the variables by which `torchrun` tells each its place among them. Where
+        one fails, the others are killed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -79,7 +79,7 @@ class FreshPython:
 
 
 def serve() -> None:
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import torchvision  # noqa: F401
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, pipeline  # noqa: F401
 
