@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -35,6 +36,13 @@ def one_process(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def state_of_accelerate():
+    """One for all of a process, which keeps the options of whoever came first."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def kept(record):

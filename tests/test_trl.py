@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers.dynamic_module_utils
+from accelerate.state import AcceleratorState
 from families import FAMILIES, load_processor, load_pruned, make_inputs, picture, small_checkpoint
 
 from vlmpruner import pruned_model
@@ -15,6 +16,13 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytestmark = pytest.mark.once
 FAMILY = FAMILIES["llava"]
 TEXTS = ("What is it?", "What do you see in this one here, please?")
+
+
+@pytest.fixture(autouse=True)
+def state_of_accelerate():
+    """One for all of a process, which keeps the options of whoever came first."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
