@@ -75,7 +75,7 @@ class Watch:
         for each in models:
             own_class = undecorated(type(each))
             self.classes[stock_class(own_class).__name__] += 1
-            observers = in_place.model_below(each).observers
+            observers = next(module.observers for module in each.modules() if hasattr(module, "observers"))
             if self.count not in observers:
                 observers.append(self.count)
 
