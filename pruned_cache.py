@@ -487,13 +487,13 @@ def position_notes(cache: Cache) -> PositionNotes:
 
 
 def note_positions(cache: Cache | None, position_ids: torch.LongTensor | None, attention_mask) -> None:
-    """Leave the positions of a call with its cache.
+    """Leave the positions of a call with its cache. The paged cache of continuous batching is no `Cache` and takes none.
 
     Args:
         position_ids: [batch, length], or with axes of M-RoPE in front; None where a decoder made them in a first call.
         attention_mask: the call's, of any kind.
     """
-    if cache is None:
+    if not isinstance(cache, Cache):
         return
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         attention_mask = None

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -99,29 +96,26 @@ FOUR_RANKS = """
 """
 
 
-def run_ranks(script: str, folder: Path, *arguments: str, number: int = 2) -> list[str]:
-    """What each prints, from a file of its own: on one pipe they would meet in the middle of a line."""
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(script))
-    options = ("--standalone", f"--nproc-per-node={number}", "--redirects", "1", "--log-dir", folder / "logs")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *options, path, folder, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [path.read_text() for path in sorted((folder / "logs").glob("**/[0-9]/stdout.log"))]
+@pytest.fixture
+def run_ranks(fresh_python, tmp_path):
+    """Runs a script in several processes, which find `families` and the project, and gives what each prints."""
+
+    def run(script: str, *arguments, number: int = 2) -> list[str]:
+        ranks = fresh_python.run_ranks(
+            number, "-c", textwrap.dedent(script), tmp_path, *arguments, cwd=TESTS.parent, path=[TESTS, TESTS.parent]
+        )
+        assert not any(rank.returncode for rank in ranks), "\n".join(rank.stderr[-4000:] for rank in ranks)
+        return [rank.stdout for rank in ranks]
+
+    return run
 
 
-def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(tmp_path):
+def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(run_ranks, tmp_path):
     names = ("llava", "llava_onevision", "qwen2_vl")  # Llama and Qwen2 in LLaVA, Qwen2-VL; four and two key heads
     (tmp_path / "methods.json").write_text(json.dumps(METHODS))
     for name in names:
         load_pruned(FAMILIES[name]).save_pretrained(tmp_path / name)
-    run_ranks(TENSOR_PARALLEL, tmp_path, *names)
+    run_ranks(TENSOR_PARALLEL, *names)
     for name in names:
         family, model = FAMILIES[name], copy.deepcopy(load_pruned(FAMILIES[name]))
         inputs = make_inputs(family, [([picture(1, 140, 112)], "What is it?"), ([picture(2, 140, 112)] * 2, "And here, what?")])
@@ -143,20 +137,20 @@ def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(tmp_path):
 
 
 @pytest.mark.once
-def test_the_page_s_program_answers_on_two_ranks(tmp_path):
+def test_the_page_s_program_answers_on_two_ranks(run_ranks):
     page = (TESTS.parent / "docs" / "parallel.md").read_text()
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert run_ranks(program, tmp_path) == ["CLIFF 64\n"] * 2
+    assert run_ranks(program) == ["CLIFF 64\n"] * 2
 
 
 @pytest.mark.once
-def test_more_ranks_than_key_heads(tmp_path):
+def test_more_ranks_than_key_heads(run_ranks, tmp_path):
     """The stock class fails at its first call, the pruned one when it is loaded. With the attention whole on each rank, four
     keep and answer what one process does; the library's own plan for Qwen3-VL leaves it so."""
     names = ("smolvlm", "qwen2_vl", "internvl", "qwen3_vl")  # Llama, Qwen2 and Qwen3 with two key heads
     for name in names:
         load_pruned(FAMILIES[name]).save_pretrained(tmp_path / name)
-    run_ranks(FOUR_RANKS, tmp_path, *names, number=4)
+    run_ranks(FOUR_RANKS, *names, number=4)
     for name in names:
         family, model = FAMILIES[name], copy.deepcopy(load_pruned(FAMILIES[name]))
         inputs = make_inputs(family, [([picture(1, 140, 112)], "What is it?")])

@@ -2,11 +2,8 @@
 
 import copy
 import functools
-import os
 import pickle
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -68,20 +65,7 @@ print(type(model).__name__, type(cache).__name__)
 """
 
 
-def run_python(*args) -> str:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_model_outputs_and_cache_go_to_another_process(family, inputs, tmp_path):
+def test_model_outputs_and_cache_go_to_another_process(family, inputs, fresh_python, tmp_path):
     """As a prefix cache on disk, or what a worker returns: the same state there, and the next token from it is the same."""
     # A LLaVA model that has run can not be pickled, the stock class neither: the library's hooks on its tower are local.
     model = family.pruned_class.from_pretrained(small_checkpoint(family), pruning_ratio=0.889).eval()
@@ -95,7 +79,8 @@ def test_model_outputs_and_cache_go_to_another_process(family, inputs, tmp_path)
             torch.save(each, tmp_path / f"{name}.pt")
         logits = model(input_ids=token, attention_mask=mask, **{CACHE_NAME: cache_of(outputs)}).logits
     torch.save(logits, tmp_path / "logits.pt")
-    assert run_python("-c", LOAD_AND_GO_ON, tmp_path).split() == [type(model).__name__, "PrunedDynamicCache"]
+    done = fresh_python.run("-c", LOAD_AND_GO_ON, tmp_path, cwd=tmp_path)
+    assert done.stdout.split() == [type(model).__name__, "PrunedDynamicCache"], done.stderr
 
 
 @pytest.mark.parametrize("ratio", [0.889, 0.0])
@@ -395,9 +380,10 @@ FSDP2_STEP = """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from families import FAMILIES, load_pruned, make_inputs, picture
 
+    family = FAMILIES[sys.argv[1]]
+    model = load_pruned(family).train()
     dist.init_process_group("gloo")
-    family, mesh = FAMILIES[sys.argv[1]], init_device_mesh("cpu", (2,))
-    model = copy.deepcopy(load_pruned(family)).train()
+    mesh = init_device_mesh("cpu", (2,))
     inputs = make_inputs(family, [([picture(dist.get_rank() + 1, 140, 112)], "What is it?")])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if sys.argv[2] == "bf16" else MixedPrecisionPolicy()
@@ -423,10 +409,10 @@ FSDP2_STEP = """
 
 @pytest.mark.once
 @pytest.mark.parametrize(("name", "dtype"), [("qwen2_vl", "float32"), ("llava", "bf16")])
-def test_two_processes_train_under_fsdp2(name, dtype, tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(textwrap.dedent(FSDP2_STEP))
-    run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, name, dtype)
+def test_two_processes_train_under_fsdp2(name, dtype, fresh_python, tmp_path):
+    path = [TESTS, TESTS.parent]
+    ranks = fresh_python.run_ranks(2, "-c", textwrap.dedent(FSDP2_STEP), name, dtype, cwd=tmp_path, path=path)
+    assert not any(rank.returncode for rank in ranks), "\n".join(rank.stderr[-3000:] for rank in ranks)
 
 
 # Continuous batching, export
