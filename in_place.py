@@ -32,14 +32,14 @@ from .stock_lookups import register_model_type, stock_class, undecorated
 from .tensor_parallel import check_heads
 
 
-PREFIX = "pruning_"
+PREFIX, RATIO, METHOD = "pruning_", 0.889, "vlm_pruner"
 MIXINS = ("PrunedModelMixin", "PrunedForConditionalGenerationMixin", "PrunedLayerMixin", "RecurrentRowsMixin")
 # Which thread has a model in `with pruning(model)`. A second thread would change the classes under the first.
 _threads: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
-def prune(model, ratio: float = 0.889, method: str = "vlm_pruner", **keys):
+def prune(model, ratio: float = RATIO, method: str = METHOD, **keys):
     """Prune a loaded model in place, whatever it is wrapped into.
 
     Args:
@@ -61,10 +61,14 @@ def prune(model, ratio: float = 0.889, method: str = "vlm_pruner", **keys):
     """
     if isinstance(model, ProcessorMixin):
         return _prune_processor(model)
-    keys = _with_prefix({"ratio": ratio, "method": method} | keys)
+    keys = _with_prefix(keys)
+    for name, value, default in (("pruning_ratio", ratio, RATIO), ("pruning_method", method, METHOD)):
+        if name in keys and value != default:
+            raise ValueError(f"{name.removeprefix(PREFIX)} comes twice, as {value!r} and as {keys[name]!r}.")
+        keys.setdefault(name, value)
     with _lock:
         models = models_in(model)
-        before = [(each, _keys_of(each)) for each in models]
+        before = [(each, _state_of(each)) for each in models]
         try:
             for each in models:
                 _refuse_other_thread(each)
@@ -101,14 +105,14 @@ def unprune(model):
 
 
 @contextmanager
-def pruning(model, ratio: float = 0.889, method: str = "vlm_pruner", **keys):
+def pruning(model, ratio: float = RATIO, method: str = METHOD, **keys):
     """`prune` for the length of a `with` block. Afterwards the model is as before: unpruned, or pruned with its own keys.
 
     Blocks can be nested. While a block is open, another thread can call the model, but neither prune nor unprune it. Arguments
     and errors are as in `prune`.
     """
     with _lock:
-        before = [(each, _keys_of(each)) for each in models_in(model)]
+        before = [(each, _state_of(each)) for each in models_in(model)]
         prune(model, ratio, method, **keys)
         first = [each for each, _ in before if each not in _threads]
         _threads.update(dict.fromkeys(first, threading.get_ident()))
@@ -121,20 +125,25 @@ def pruning(model, ratio: float = 0.889, method: str = "vlm_pruner", **keys):
                 del _threads[each]
 
 
-def _restore(before: list[tuple[PreTrainedModel, dict | None]]) -> None:
-    """Let each model be pruned with these keys again, or be unpruned where they are None."""
-    for model, keys in before:
-        if keys is not None:
-            _prune_model(model, keys)
-        elif is_ours(type(model)):
-            _unprune_model(model)
-
-
-def _keys_of(model: PreTrainedModel) -> dict | None:
-    """The keys that a model is pruned with; None where it is in its stock class."""
+def _state_of(model: PreTrainedModel) -> tuple[dict, dict] | None:
+    """The keys that a model is pruned with, of its config and of its generation config; None where it is in its stock class."""
     if not is_ours(type(model)):
         return None
-    return {name: value for name, value in vars(model.config).items() if name.startswith(PREFIX)}
+    configs = model.config, getattr(model, "generation_config", None)
+    found = ({} if config is None else vars(config) for config in configs)
+    return tuple({name: value for name, value in each.items() if name.startswith(PREFIX)} for each in found)
+
+
+def _restore(before: list[tuple[PreTrainedModel, tuple[dict, dict] | None]]) -> None:
+    """Let each model be pruned with these keys again, or be unpruned where there are none."""
+    for model, state in before:
+        if state is not None:
+            keys, of_generation = state
+            _prune_model(model, keys)
+            if of_generation:
+                vars(model.generation_config).update(of_generation)
+        elif is_ours(type(model)):
+            _unprune_model(model)
 
 
 def _refuse_other_thread(model: nn.Module) -> None:
@@ -238,6 +247,7 @@ def _prune_model(model: PreTrainedModel, keys: dict) -> None:
         changed = _pruned_config(config, type(config), keys)
         _refuse_unknown_tower(model, changed)
         _become(config, changed)
+        _drop_generation_ratio(model)
         return
     config_class = _config_class_for(undecorated(type(model)))
     classes, changed = classes_of(config_class), _pruned_config(config, config_class, keys)
@@ -283,6 +293,13 @@ def _unprune_model(model: PreTrainedModel) -> None:
         changed.architectures = [stock_class(type(model)).__name__]
     _become(config, changed)
     _change_classes(model, new_classes, redirections)
+    _drop_generation_ratio(model)
+
+
+def _drop_generation_ratio(model: PreTrainedModel) -> None:
+    """Take the ratio of the model's generation config away, which would come before the config's."""
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        vars(generation_config).pop("pruning_ratio", None)
 
 
 def _refuse_unknown_tower(model: PreTrainedModel, config: PruningConfig) -> None:

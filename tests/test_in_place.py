@@ -140,8 +140,9 @@ def test_keys_are_set_anew_by_each_call():
     vlmpruner.prune(model, method="dart", pruning_num_image_pivots=2)
     assert (model.config.pruning_ratio, model.config.pruning_layer) == (0.889, 2)
     assert (model.config.pruning_method, model.config.pruning_num_image_pivots) == ("dart", 2)
-    vlmpruner.prune(model)
+    vlmpruner.prune(model, pruning_ratio=0.25, pruning_method="random")
     assert model.config.pruning_num_image_pivots is None
+    assert (model.config.pruning_method, model.config.pruning_ratio) == ("random", 0.25)
 
 
 @pytest.mark.once
@@ -153,6 +154,7 @@ def test_keys_are_set_anew_by_each_call():
         ({"layer": 9}, "pruning_layer must be an integer from 1 to 3"),
         ({"rate": 0.5}, r"Unknown key 'rate'\. prune takes \["),
         ({"layer": 2, "pruning_layer": 3}, "layer comes twice, as 2 and as 3"),
+        ({"ratio": 0.2, "pruning_ratio": 0.3}, r"ratio comes twice, as 0\.2 and as 0\.3"),
         ({"token_batch": 4, "method": "random"}, "pruning_token_batch is set to 4"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -169,8 +171,13 @@ def test_a_pruned_repo_takes_other_keys_and_becomes_its_base_model():
     model, inputs = copy.deepcopy(load_pruned(QWEN)), make_inputs(QWEN, ROWS)
     vlmpruner.prune(model, 0.5)
     assert_pruned(model, QWEN, generate(model, inputs), inputs, pruning_ratio=0.5)
+    model.generation_config.pruning_ratio = 0.7  # comes before the config's
+    with vlmpruner.pruning(model, 0.5):
+        assert_pruned(model, QWEN, generate(model, inputs), inputs, pruning_ratio=0.5)
+    assert_pruned(model, QWEN, generate(model, inputs), inputs, pruning_ratio=0.7)
     vlmpruner.unprune(model)
     assert type(model) is QWEN.stock_class and model.config.model_type == "qwen2_vl"
+    assert not hasattr(model.generation_config, "pruning_ratio")
     torch.testing.assert_close(step_logits(generate(model, inputs)), step_logits(generate(load_stock(QWEN), inputs)), **EXACT)
 
 
