@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningSettings, check_ratio, encoding_for
+from .configuration_vlmpruner import PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -251,7 +251,7 @@ class PrunedModelMixin:
             "return_dict": True,
         }
         if is_stock_call:
-            with encoding_for(self.config, None) if has_visuals else nullcontext():
+            with self.config.encoding_for(None) if has_visuals else nullcontext():
                 outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
         else:
             outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
@@ -283,7 +283,7 @@ class PrunedModelMixin:
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
         encoded = {}
         if self.has_visuals(kwargs):
-            with encoding_for(self.config, settings):
+            with self.config.encoding_for(settings):
                 encoded = self._encode(kwargs)
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
@@ -533,7 +533,7 @@ class PrunedForConditionalGenerationMixin:
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """The stock method, which some versions have: images and videos are encoded before the prefill."""
-        with encoding_for(self.model.config, self._settings_of_generation(model_kwargs)):
+        with self.model.config.encoding_for(self._settings_of_generation(model_kwargs)):
             return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
