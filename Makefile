@@ -11,7 +11,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # Handed to the recipe's shell as they are, whatever quotes they hold.
 export MODEL IMAGE QUESTION RATIO PORT
 
-.PHONY: help demo app test test-oldest test-vllm test-lmms-eval test-app train accuracy compare bench bench-gpu bench-serving lint format clean
+.PHONY: help demo app test test-oldest test-vllm test-lmms-eval test-app test-wheel train accuracy compare bench bench-gpu bench-serving lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ test-app: .venv-app/.installed ## the tests of app.py, in a headless Chromium wh
 test-lmms-eval: .venv-lmms-eval/.installed ## the tests of the plugin for lmms-eval, and of quantised weights
 	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval_plugin tests/test_quantization.py $(PYTEST_ARGS)
 
+test-wheel: .venv-wheel/.installed ## build wheel and sdist, look into them, and run what they install; asks the package index
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest tests/wheel $(PYTEST_ARGS)
+
 train: .venv/.installed ## train the small model (training/README.md), hours on a CPU; goes on where it stopped
 	.venv/bin/python -m training.train $(TRAIN_ARGS)
 
@@ -71,12 +74,13 @@ format: .venv/.installed ## repair style
 	.venv/bin/ruff format .
 
 clean: ## remove environments, caches and results
-	rm -rf .venv .venv-5.* .venv-app .venv-vllm .venv-lmms-eval .pytest_cache .ruff_cache build demo_output *.egg-info
+	rm -rf .venv .venv-5.* .venv-app .venv-vllm .venv-lmms-eval .venv-wheel .pytest_cache .ruff_cache build dist demo_output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment knows the folder that it was made in: in a copied or moved clone it would import the code there, and is made anew.
-IS_OURS := import os, sys, vlmpruner; sys.exit(os.path.realpath(list(vlmpruner.__path__)[0]) != os.getcwd())
-$(foreach stamp,$(wildcard .venv/.installed .venv-*/.installed),$(shell $(dir $(stamp))bin/python -c "$(IS_OURS)" 2>/dev/null || rm $(stamp)))
+IS_OURS := import os, sys; from importlib.util import find_spec; \
+	sys.exit(os.path.realpath(find_spec("vlmpruner").origin) != os.path.realpath("__init__.py"))
+$(foreach stamp,$(wildcard .venv/.installed .venv-*/.installed),$(shell $(dir $(stamp))bin/python -c '$(IS_OURS)' 2>/dev/null || rm $(stamp)))
 
 # What .venv has of torch, some five GB, is linked into the environments made after it, not unpacked again.
 TORCH := functorch torch torch-* torchgen torchvision torchvision-* torchvision.* triton triton-* cuda* nvidia*
@@ -119,6 +123,15 @@ PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 	@realpath "$$(.venv/bin/python $(PURELIB))" > "$$($(@D)/bin/python $(PURELIB))/zz_shared.pth"
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -e .
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps lmms_eval==0.7.3 "bitsandbytes>=0.49" "torchao>=0.16"
-	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" av evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
+	@$(@D)/bin/python $(PIP_INSTALL) "filelock<4" av decord evaluate hf_transfer loguru pytablewriter python-dotenv pytz sacrebleu tenacity \
 		tqdm-multiprocess 2>/dev/null
+	@touch $@
+
+# What the tests install, they install into environments that they make.
+.venv-wheel/.installed: .venv/.installed
+	@echo "Installing into $(@D) (once, some seconds)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@realpath "$$(.venv/bin/python $(PURELIB))" > "$$($(@D)/bin/python $(PURELIB))/zz_shared.pth"
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -e .
+	@$(@D)/bin/python $(PIP_INSTALL) build
 	@touch $@

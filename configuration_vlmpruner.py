@@ -17,6 +17,7 @@ if not Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Versi
     needed = f"transformers>={OLDEST_TRANSFORMERS},<{FIRST_UNSUPPORTED_TRANSFORMERS}"
     raise ImportError(f'This code needs {needed}, but {transformers.__version__} is installed. Run pip install "{needed}".')
 
+import filecmp
 import math
 import os
 import shutil
@@ -49,12 +50,12 @@ from transformers import (
     SmolVLMConfig,
 )
 from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import HF_MODULES_CACHE, logging
 
 from .pruning_contract import check_method
 from .pruning_method import PruningMethod
 from .pruning_methods import METHODS
+from .stock_lookups import register_model_type
 
 
 logger = logging.get_logger(__name__)
@@ -163,7 +164,7 @@ class PruningConfig(method_keys()):
             raise ValueError(f"Unknown config key {', '.join(unknown)}. The keys that start with `pruning_` are {known}.")
         super().__post_init__(**kwargs)
         if self.pruning_layer is None:
-            self.pruning_layer = next(iter(layers_above_keys(self.get_text_config(decoder=True))), 1)
+            self.pruning_layer = first_layer_above_keys(self.get_text_config(decoder=True))
         self.auto_map = dict(self.auto_map_targets)
         self.validate_pruning()
 
@@ -182,26 +183,28 @@ class PruningConfig(method_keys()):
         """See `PreTrainedConfig.save_pretrained`, which copies the code of this class alone. Here the code of all classes that
         `auto_map` names comes along, so that `AutoModel.from_config` finds it."""
         super().save_pretrained(save_directory)
-        for reference in self.auto_map_targets.values():
-            self._copy_code(reference.split(".")[0], Path(save_directory))
+        modules = dict.fromkeys(reference.split(".")[0] for reference in self.auto_map_targets.values())
+        files = {path.name: path for module in modules for path in self._code_of(module)}
+        for name, path in files.items():
+            copy = Path(save_directory) / name
+            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                shutil.copyfile(path, copy)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    def _copy_code(self, module: str, folder: Path):
-        """Copy a module and what it imports: from beside this file, or, where the library has loaded the code of the config
-        alone, from the repo that it came from."""
+    def _code_of(self, module: str) -> list[Path]:
+        """The files of a module and of what it imports: from beside this file, or, where the library has loaded the code of the
+        config alone, from the repo that it came from."""
         source = Path(__file__).parent
         if not (source / f"{module}.py").is_file():
             try:
                 revision = getattr(self, "_commit_hash", None)
                 cached = get_cached_module_file(self.name_or_path, f"{module}.py", revision=revision)
             except OSError as error:
-                logger.warning(f"{folder} lacks {module}.py, which was not found in {self.name_or_path}: {error}")
-                return
+                logger.warning(f"The saved config lacks {module}.py, which was not found in {self.name_or_path}: {error}")
+                return []
             source = Path(HF_MODULES_CACHE, cached).parent
-        for path in code_files({"": module}, source):
-            if not (folder / path.name).exists() or not path.samefile(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+        return code_files({"": module}, source)
 
     def validate_pruning(self):
         """Check every `pruning_*` value. Also run by the library when the config is saved.
@@ -422,10 +425,10 @@ def layer_types_of(text_config) -> list[str]:
     return list(layer_types)
 
 
-def layers_above_keys(text_config) -> list[int]:
-    """The decoder layers, from 1 on, whose layer below has keys."""
+def first_layer_above_keys(text_config) -> int:
+    """The first decoder layer, from 1 on, whose layer below has keys. 1 where there is none, which pruning then refuses."""
     layer_types = layer_types_of(text_config)
-    return [layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"]
+    return next((layer for layer in range(1, len(layer_types)) if layer_types[layer - 1] != "linear_attention"), 1)
 
 
 def is_count(value) -> bool:
@@ -710,12 +713,7 @@ class VLMPrunerLlavaNextVideoConfig(PruningConfig, LlavaNextVideoConfig):
 # Base model type -> config class, of every class above: what a family is to `export.py`, the servers and the tests.
 CONFIG_OF_BASE_MODEL = {config.base_model_type: config for config in PruningConfig.__subclasses__()}
 
-# Where `transformers serve` looks up, before it reads a modeling file, how a model is loaded, and later that it takes images.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(
-    {
-        config.model_type: config.auto_map_targets["AutoModelForMultimodalLM"].rpartition(".")[-1]
-        for config in CONFIG_OF_BASE_MODEL.values()
-    }
-)
+for config in CONFIG_OF_BASE_MODEL.values():
+    register_model_type(config)
 
 __all__ = [config.__name__ for config in CONFIG_OF_BASE_MODEL.values()]

@@ -1,5 +1,6 @@
 """Make a pruned model repo out of a base checkpoint: `python export.py BASE --ratio 0.889 --output DIR`.
-And back: `python export.py PRUNED --to-base --output DIR`.
+And back: `python export.py PRUNED --to-base --output DIR`. A repo without weights, for the requests of any stock model:
+`python export.py --custom-generate DIR`.
 
 The repo holds the base's weights untouched (hard links where the file system allows, so they take no space), its config with
 the `pruning_*` keys and an `auto_map` to our code, the Python files that this code needs, processor, tokenizer,
@@ -44,6 +45,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
+from functools import cache
 from glob import escape
 from pathlib import Path
 
@@ -75,9 +77,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parent
 
 if __package__:
-    from . import original_llava
+    from . import custom_generate, original_llava
 else:
     sys.path += [] if str(ROOT) in sys.path else [str(ROOT)]  # isolated, Python leaves a script's folder out
+    import custom_generate
     import original_llava
 
 CONFIG, INDEX, SINGLE_SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -96,14 +99,14 @@ TOKENIZER_FILES = [
     "tokenizer.model",
 ]
 IMAGE_FILES = ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"]
-PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json"]
 TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", CARD]
 MOST_LAYERS = 1000  # more than any model has; a config can ask for a number that takes forever to build
 
 
+@cache
 def own(name: str):
-    """`module.name` of this repo, loaded as `trust_remote_code` loads it."""
+    """`module.name` of this repo, loaded as `trust_remote_code` loads it; once, since the library reads all files each time."""
     return get_class_from_dynamic_module(name, str(ROOT))
 
 
@@ -117,6 +120,15 @@ def pruning_fields():
     return fields(own("configuration_vlmpruner.PruningConfig"))
 
 
+def check_path(path: str | os.PathLike) -> None:
+    """Raise a ValueError for a path that is no UTF-8, by which the tokenizers library reads and writes no file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path)
+        raise ValueError(f"The path {name!r} is no UTF-8, and tokenizers need one that is: choose another.") from None
+
+
 @dataclass(frozen=True)
 class Base:
     """A base checkpoint. `folder` holds its small files; the shards of a Hub model come with `fetch_shards`."""
@@ -127,6 +139,7 @@ class Base:
 
     @classmethod
     def open(cls, base: str, revision: str | None = None) -> "Base":
+        check_path(base)
         folder = Path(base).expanduser()
         if folder.is_dir():
             checkpoint = cls(folder.resolve().name, folder.resolve(), None)
@@ -372,6 +385,8 @@ def export_model(
         validate_repo_id(push_to_hub)
     if to_base and results is not None:
         raise ValueError(f"A base model is not pruned, so the results {results} are not of it.")
+    for path in (base, output):
+        check_path(path)
     report(f"reading {base}")
     source = Base.open(os.fspath(base), revision)
     output = Path(output).expanduser().resolve()
@@ -385,7 +400,7 @@ def export_model(
     measured = "" if results is None else measured_section(Path(results), config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            write_small_files(Path(folder), checkpoint, config, name, measured)
+            write_small_files(Path(folder), checkpoint, config, name, measured, report)
             how = "with other names for the weights" if checkpoint is not source else "weights are hard links where possible"
             report_plan(output, sizes | file_sizes(Path(folder)), how, report)
         return output
@@ -393,7 +408,7 @@ def export_model(
         # Its own name within the temporary folder: the library names the module of custom code after it.
         staged = beside / output.name
         staged.mkdir()
-        write_small_files(staged, checkpoint, config, name, measured)
+        write_small_files(staged, checkpoint, config, name, measured, report)
         place_shards(staged, checkpoint, sizes, report)
         if results is not None:
             check_measured(Path(results), staged, checkpoint)
@@ -468,16 +483,15 @@ def pruned_config(checkpoint: Base, pruning: dict):
 def processor_reference(checkpoint: Base, config_class: type) -> str:
     """`module.Class` of our processor for the checkpoint.
 
-    It is the family's, unless the checkpoint's files name another that we have: the library goes by these, not by the model.
-    GLM-4.6V-Flash is a `glm4v` model with a processor of its own, which writes the timestamps of videos in another way.
+    Raises:
+        ValueError: for one with a processor that we do not have.
     """
-    default = config_class.auto_map_targets["AutoProcessor"]
-    files = [checkpoint.read_json(name) for name in PROCESSOR_FILES if (checkpoint.folder / name).is_file()]
-    named = next((content["processor_class"] for content in files if content.get("processor_class")), None)
-    ours = f"VLMPruner{str(named).removeprefix('VLMPruner')}"
-    if named == stock_class(own(default)).__name__ or ours not in own("processing.__all__"):
-        return default
-    return f"processing.{ours}"
+    files = (name for name in own("processing.PROCESSOR_FILES") if (checkpoint.folder / name).is_file())
+    try:
+        processor_class = own("processing.processor_class_of")(config_class, map(checkpoint.read_json, files))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name} can not be exported. {error}") from None
+    return f"processing.{processor_class.__name__}"
 
 
 def stock_config(checkpoint: Base, pruning: dict):
@@ -601,11 +615,11 @@ def write_manifest(folder: Path) -> list[str]:
     return list(files)
 
 
-def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str) -> None:
+def write_small_files(folder: Path, checkpoint: Base, config, name: str, measured: str, report: Callable[[str], None]) -> None:
     """Everything but the shards."""
     config.name_or_path = str(ROOT)  # where a config of ours finds the code that it saves: not in the base
     config.save_pretrained(folder)
-    write_processor(folder, checkpoint, config)
+    write_processor(folder, checkpoint, config, report)
     for optional in (GENERATION_CONFIG, INDEX):
         if (checkpoint.folder / optional).is_file():
             shutil.copyfile(checkpoint.folder / optional, folder / optional)
@@ -629,8 +643,11 @@ def with_own_code(content, auto_map: dict[str, str]):
     return kept | ({"auto_map": ours} if ours else {})
 
 
-def write_processor(folder: Path, checkpoint: Base, config) -> None:
+def write_processor(folder: Path, checkpoint: Base, config, report: Callable[[str], None]) -> None:
     """Processor and tokenizer, of our class for one of our configs, else of the stock class.
+
+    A tokenizer that the library warns of, and marks so, is mended here. It knows such a tokenizer by the model type and the
+    version that `config.json` states, which are others from here on, so that `fix_mistral_regex=True` would do nothing.
 
     Raises:
         ValueError: naming the files that can not be read.
@@ -641,15 +658,34 @@ def write_processor(folder: Path, checkpoint: Base, config) -> None:
         processor_class = stock_class(own(processor_reference(checkpoint, config_classes()[config.model_type])))
     try:
         processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if getattr(getattr(processor.tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+            processor = processor_class.from_pretrained(checkpoint.folder, trust_remote_code=False, fix_mistral_regex=True)
+            report(f"the tokenizer of {checkpoint.name} splits words wrongly: mended, as fix_mistral_regex=True does")
         for key in getattr(config, "processor_keys", ()):
             setattr(processor, key, getattr(config, key))
         for key in ("is_local", "local_files_only"):  # how this machine found the base, which the library would save
             processor.tokenizer.init_kwargs.pop(key, None)
+        if hasattr(processor.tokenizer, "legacy"):  # of Llama's tokenizer: the library reads it and does not save it
+            processor.tokenizer.init_kwargs["legacy"] = processor.tokenizer.legacy
         processor.save_pretrained(folder)
-        processor_class.from_pretrained(folder, trust_remote_code=False)
+        saved = processor_class.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any type: these are values of files that anyone wrote
         names = ", ".join(unreadable_files(checkpoint)) or "The (absent) processor files"
         raise ValueError(f"{names} of {checkpoint.name} can not be read: {describe(error)}") from error
+    check_tokens(saved.tokenizer, processor.tokenizer, checkpoint.name)
+
+
+def check_tokens(saved, tokenizer, name: str) -> None:
+    """Raise a ValueError where a tokenizer that was saved and read again makes other tokens than `tokenizer`, of `name`."""
+    for token in ("", *tokenizer.get_added_vocab()):
+        text = f" It's 12345{token} words{token}of\n\n{token}\nKöln,  {token}漢字\u3000{token}."
+        ids, saved_ids = tokenizer(text).input_ids, saved(text).input_ids
+        if saved_ids != ids:
+            raise ValueError(
+                f"The tokenizer of {name}, a {type(tokenizer).__name__}, makes {ids} of {text!r}, but {saved_ids} after it was "
+                "saved and read again: the library loses one of its settings. Give tokenizer.json all that it does, and "
+                "tokenizer_config.json the tokenizer_class 'PreTrainedTokenizerFast'."
+            )
 
 
 def unreadable_files(checkpoint: Base) -> list[str]:
@@ -831,6 +867,28 @@ def recover(output: Path, report: Callable[[str], None]) -> None:
             (beside / REPLACED).rename(output)
             report(f"put back {output}, which an export that was killed had left in {beside}")
         report(f"{beside} belongs to an export that is running, or was left by one that was killed")
+
+
+def export_custom_generate(
+    output: str | os.PathLike,
+    *,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Write the repo of `custom_generate.py` to the folder `output`. The other arguments and errors are as in `export_model`.
+
+    Returns:
+        The absolute path of `output`.
+    """
+    if push_to_hub:
+        validate_repo_id(push_to_hub)
+    output = Path(output).expanduser().resolve()
+    written = custom_generate.write_custom_generate(output, push_to_hub or str(output), own)
+    report(f"wrote {output}: {len(written)} files, for generate(custom_generate=..., trust_remote_code=True)")
+    if push_to_hub:
+        upload(output, written, push_to_hub, private, report)
+    return output
 
 
 def upload(folder: Path, names: list[str], repo_id: str, private: bool | None, report: Callable[[str], None]) -> None:
@@ -1058,13 +1116,31 @@ def readable(size: float) -> str:
     return f"{size:.1f} {units[0]}"
 
 
+def add_pruning_keys(parser, config_class: type, methods_with: dict[str, dict]) -> None:
+    """Give a parser, or a group of its arguments, an option for each `pruning_` key, without a default.
+
+    Args:
+        config_class: `PruningConfig`.
+        methods_with: `METHODS_WITH` beside it.
+    """
+    for field in fields(config_class):
+        name, default = field.name.removeprefix("pruning_"), field.default
+        owners = methods_with[name] if default is None else {}
+        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
+        default = next(iter(owners.values())).default if owners else default
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("base", help="folder, or id of a model on the Hub")
-    add("--output", required=True, help="folder to make")
+    add("base", nargs="?", help="folder, or id of a model on the Hub")
+    add("--output", help="folder to make")
+    add("--custom-generate", metavar="OUTPUT", help="instead of a model, make a repo for generate(custom_generate=...)")
     add("--to-base", action="store_true", help="make the base's repo, for the stock classes, of a pruned one")
     add("--force", action="store_true", help="replace the output folder if it is an earlier export and holds nothing else")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
@@ -1073,16 +1149,25 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a base on the Hub")
     add("--results", metavar="FILE", help="put the table of this JSON of benchmarks/accuracy.py into the card")
     keys = parser.add_argument_group("pruning", "Keys of the config. Those not given keep the base's value, or the default.")
-    methods_with = own("configuration_vlmpruner.METHODS_WITH")
-    for field in pruning_fields():
-        name, default = field.name.removeprefix("pruning_"), field.default
-        owners = methods_with[name] if default is None else {}
-        preset = f" with {', '.join(owners)} and the preset paper" if owners else ""
-        default = next(iter(owners.values())).default if owners else default
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        flag = "--" + name.replace("_", "-")
-        keys.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default: {default}{preset}", **kind)
+    add_pruning_keys(keys, own("configuration_vlmpruner.PruningConfig"), own("configuration_vlmpruner.METHODS_WITH"))
     return parser
+
+
+def run(parser: argparse.ArgumentParser) -> None:
+    """Do what the command line says."""
+    arguments = vars(parser.parse_args())
+    output = arguments.pop("custom_generate")
+    if output is None:
+        if missing := [name for name in ("base", "output") if arguments[name] is None]:
+            parser.error(f"the following arguments are required: {', '.join(missing).replace('output', '--output')}")
+        export_model(**arguments)
+        return
+    allowed = {"push_to_hub", "private"}
+    if others := sorted(key for key, value in arguments.items() if key not in allowed and value not in (None, False)):
+        raise ValueError(
+            f"--custom-generate makes a repo without weights and keys, so it does not go with {', '.join(others)}."
+        )
+    export_custom_generate(output, **{key: arguments[key] for key in allowed})
 
 
 def main() -> int:
@@ -1092,7 +1177,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that it cleans up
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        export_model(**vars(argument_parser().parse_args()))
+        run(argument_parser())
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130

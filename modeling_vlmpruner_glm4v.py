@@ -6,6 +6,7 @@ as by the stock class; a later turn may bring the other. What experts add, their
 and loss, is in `pruned_model.py`.
 """
 
+import torch
 from torch import nn
 from transformers import (
     Glm4vForConditionalGeneration,
@@ -29,7 +30,14 @@ class Glm4vTextDecoderLayer(PrunedLayerMixin, modeling_glm4v.Glm4vTextDecoderLay
 
 
 class Glm4vMoeTextDecoderLayer(PrunedLayerMixin, modeling_glm4v_moe.Glm4vMoeTextDecoderLayer):
-    """GLM-4.5V's layer, which follows a plan."""
+    """GLM-4.5V's layer, which follows a plan.
+
+    `position_ids` end here. Attention does not need them, and the stock decoder hands on all three axes of M-RoPE.
+    FlashAttention would take the axes of one row for three sequences, and read past its end.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args, position_ids: torch.LongTensor | None = None, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 class PrunedGlmModelMixin(PrunedQwenModelMixin):

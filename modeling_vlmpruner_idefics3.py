@@ -127,15 +127,21 @@ class PrunedIdefics3ModelMixin(PrunedModelMixin):
         return mask[..., None].to(inputs_embeds.device)
 
     def ends_of_images(self, mask, views, tokens):
-        """The tag in front of the last tile of all is that of a whole view."""
+        """An image ends with its whole view: a tile behind the tag that the last tile of all has.
+
+        The tokenizer makes one token of a tag, or several. The last two tokens in front of a tile tell tags apart in both
+        cases. In front of a tag of one token stands the same token for every tile.
+        """
         view = next((views_of_row[0] for views_of_row in views if views_of_row), None)
         if view is None:
             return None
-        ends_run = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))
-        tags = tokens.roll(view.height * view.width, dims=1).to(mask.device)  # at the last token of a tile
-        tags = tags if tags.ndim == 3 else tags[..., None]
-        last = (ends_run.flatten() * torch.arange(mask.numel(), device=mask.device)).argmax()
-        return ends_run & (tags == tags.flatten(0, 1)[last]).all(-1)
+        tokens = (tokens if tokens.ndim == 3 else tokens[..., None]).to(mask.device)
+        ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))  # of tiles
+        last = (ends.flatten() * torch.arange(mask.numel(), device=mask.device)).argmax()
+        for distance in (view.height * view.width, view.height * view.width + 1):  # from a tile's last token to the two
+            before = tokens.roll(distance, dims=1)
+            ends = ends & (before == before.flatten(0, 1)[last]).all(-1)
+        return ends
 
 
 def _encoded_tensor(inputs: dict) -> str | None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial, wraps
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
@@ -30,6 +32,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_vlmpruner import VLMPrunerLlavaConfig, VLMPrunerLlavaNextConfig, VLMPrunerLlavaOnevisionConfig
 from .pruned_decoder import PrunedLayerMixin
@@ -116,7 +119,12 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
         **kwargs,
     ):
         """As in the stock class. Each tensor of `pooler_output` gets an attribute `grid_views` that says what grid it forms,
-        because the features travel through `generate` without the arguments that would tell."""
+        because the features travel through `generate` without the arguments that would tell.
+
+        Raises:
+            ValueError: what `refuse_old_pixtral` raises.
+        """
+        refuse_old_pixtral(self.vision_tower)
         encode = partial(
             super().get_image_features,
             pixel_values,
@@ -150,6 +158,21 @@ class VLMPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
 def pixtral_blocks(vision_tower: nn.Module) -> nn.ModuleList | None:
     """The blocks of a tower of Pixtral's kind; None for another."""
     return vision_tower.transformer.layers if isinstance(vision_tower, PixtralVisionModel) else None
+
+
+def refuse_old_pixtral(vision_tower: nn.Module) -> None:
+    """Raise a ValueError for FlashAttention in a tower of Pixtral's kind before transformers 5.20.
+
+    There the stock tower hands on positions of two axes. FlashAttention would take them for packed rows, and read past its end.
+    """
+    if not isinstance(vision_tower, PixtralVisionModel) or Version(transformers.__version__) >= Version("5.20"):
+        return
+    if is_flash_attention_requested(vision_tower.config):
+        raise ValueError(
+            f"transformers {transformers.__version__} computes a Pixtral vision tower wrongly with attn_implementation "
+            f'{vision_tower.config._attn_implementation!r}. Load the model with attn_implementation={{"text_config": '
+            '"flash_attention_2", "vision_config": "sdpa"}, or install transformers>=5.20.'
+        )
 
 
 def with_pixtral_signals(

@@ -19,6 +19,7 @@ from .modeling_vlmpruner_llava import (
     LlavaGenerationMixin,
     MistralDecoderLayer,
     pixtral_blocks,
+    refuse_old_pixtral,
     with_pixtral_signals,
 )
 from .pruned_model import PrunedModelMixin, pruned_forward
@@ -44,8 +45,9 @@ class VLMPrunerMistral3Model(PrunedModelMixin, Mistral3Model):
         because the features travel through `generate` without the arguments that would tell.
 
         Raises:
-            ValueError: where `image_sizes` are missing.
+            ValueError: where `image_sizes` are missing, and what `refuse_old_pixtral` raises.
         """
+        refuse_old_pixtral(self.vision_tower)
         if image_sizes is None:
             raise ValueError(
                 f"{type(self).__name__} got pixel_values but no image_sizes, the (height, width) of each image without the "

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vlmpruner import VLMPrunerQwen2_5_VLConfig, VLMPrunerQwen2VLConfig
-from .pruned_cache import CACHE_NAME, position_notes
+from .pruned_cache import CACHE_NAME, found_notes, position_notes
 from .pruned_decoder import PrunedLayerMixin
 from .pruned_model import (
     PrunedForConditionalGenerationMixin,
@@ -131,7 +131,7 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         types = inputs.get("mm_token_type_ids") if has_visuals else None
         has_grids = any(inputs.get(grid_thw) is not None for _, (grid_thw,) in self.encoder_inputs.values())
         if types is not None and (types.shape != tokens.shape or not has_grids):
-            return None  # embeddings with virtual tokens before them, of prompt tuning: counted as text, as in the stock class
+            return None  # embeddings with virtual tokens before them, of prompt tuning: text, as in the stock class
         return self.mrope_position_ids(tokens, types, attention_mask, cache, inputs)
 
     def get_rope_index(self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, **kwargs):
@@ -183,15 +183,12 @@ class PrunedQwenModelMixin(PrunedModelMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length == 0:
             return positions
+        if found_notes(cache) is None and self.rope_deltas is not None:
+            # The stock class has filled this cache, before the model was pruned in place. Its offset is on the module.
+            num_past = past_length if attention_mask is None else attention_mask[:, :past_length].sum(1, keepdim=True)
+            deltas = self.rope_deltas.to(tokens.device)
+            return positions + num_past + deltas.repeat_interleave(batch // len(deltas), dim=0)
         return positions + position_notes(cache).after(past_length, attention_mask, batch, tokens.device)[:, -1:]
-
-    def note_positions(self, cache, position_ids, attention_mask) -> None:
-        """Leave the positions of a call with its cache."""
-        if cache is None or (position_ids is not None and position_ids.ndim != 3):
-            return
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            attention_mask = None
-        position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 def _with_views(outputs, views: list[list[GridView]]):

@@ -10,7 +10,7 @@ import copy
 import io
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, islice
@@ -38,6 +38,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.video_utils import make_batched_videos
 
 from .configuration_vlmpruner import VideoLayout
+from .stock_lookups import stock_class
 
 
 # First to last selected: plasma's yellow to purple, along which lightness only falls.
@@ -51,6 +52,11 @@ BACKGROUND, FOREGROUND = (24, 24, 24), (235, 235, 235)
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 NESTED = ("images_kwargs", "videos_kwargs")
+# Of a checkpoint, where the library looks for the name of its processor's class, in this order.
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer_config.json", "config.json"),
+)
 # What an image or a video processor can be told that changes how its pixels are read.
 SETTINGS = (
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
@@ -107,6 +113,11 @@ class DrawMixin:
 
     _auto_class = "AutoProcessor"
     images_by_row = False  # whether a batch's images come as a list for each row, and not one after another
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args, **kwargs):
+        """As the stock class, because the library goes by its name: Pixtral's tokenizer is read in a way of its own."""
+        return stock_class(cls)._get_arguments_from_pretrained(*args, **kwargs)
 
     def __call__(self, images=None, *args, **kwargs):
         """As in the stock class. How each image object was read is remembered for `draw_kept_tokens`, as long as it exists."""
@@ -651,7 +662,7 @@ class VLMPrunerLlavaNextVideoProcessor(AnyResolutionDrawMixin, LlavaNextVideoPro
 
 
 class VLMPrunerMistral3Processor(DrawMixin, PixtralProcessor):
-    """The processor of Mistral3 with `draw_kept_tokens`."""
+    """The processor of Mistral3, and of LLaVA with a Pixtral tower, with `draw_kept_tokens`."""
 
     def read_images(self, images, options):
         return super().read_images(images, options | {"patch_size": self.patch_size * self.spatial_merge_size})
@@ -699,14 +710,19 @@ class TilesDrawMixin(DrawMixin):
         return inputs | {"num_tiles": [len(self.tiles(inputs))]}  # of one image
 
     def image_views(self, inputs, settings):
-        tiles, side = self.tiles(inputs), isqrt(self.tile_length)
+        tiles = self.tiles(inputs)
         counts = inputs["num_tiles"] if "num_tiles" in inputs else self.tiles_of_images(inputs["input_ids"].tolist())
         if sum(counts) != len(tiles):
             raise ValueError(
                 f"The inputs have {len(tiles)} tiles in pixel_values, but placeholders of {sum(counts)} in input_ids."
             )
-        views = iter([(tile, (side, side)) for tile in tiles])
+        views = map(self.view_of_tile, tiles)
         return [list(islice(views, count)) for count in counts]
+
+    def view_of_tile(self, tile: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The part of a tile [3, side, side] that its tokens cover, and their grid."""
+        grid = (isqrt(self.tile_length),) * 2
+        return whole_patches(tile, grid), grid
 
     def runs(self, row: list[int]) -> list[tuple[int, int]]:
         """(first place, number of tiles) of each run of placeholders in the ids of a row."""
@@ -749,8 +765,7 @@ class VLMPrunerInternVLProcessor(TilesDrawMixin, InternVLProcessor):
         return [count for row in input_ids for _, count in self.runs(row)]
 
     def video_slices(self, inputs, settings):
-        side = isqrt(self.tile_length)
-        return [[(frame, (side, side)) for frame in video] for video in inputs["pixel_values_videos"]]
+        return [list(map(self.view_of_tile, video)) for video in inputs["pixel_values_videos"]]
 
 
 class GlobalViewDrawMixin(TilesDrawMixin):
@@ -762,49 +777,65 @@ class GlobalViewDrawMixin(TilesDrawMixin):
     def tile_length(self):
         return self.image_seq_len
 
-    @property
-    def global_view_id(self) -> int:
-        """The tag in front of a global view's tokens."""
-        raise NotImplementedError
-
     def tiles(self, inputs):
         tiles, mask = inputs["pixel_values"].flatten(0, 1), inputs.get("pixel_attention_mask")
         return tiles if mask is None else tiles[mask.flatten(0, 1).flatten(1).any(1)]
 
     def tiles_of_images(self, input_ids):
+        """An image ends with its global view: a tile behind the tag that the last tile of all has. The last two tokens in
+        front of a tile tell tags apart, whether the tokenizer makes one token of a tag or several."""
+        runs = [(row[max(place - 2, 0) : place], count) for row in input_ids for place, count in self.runs(row)]
         counts = [0]
-        for row in input_ids:
-            for place, count in self.runs(row):
-                counts[-1] += count
-                if place > 0 and row[place - 1] == self.global_view_id:
-                    counts.append(0)
-        return counts if counts[-1] else counts[:-1]
+        for tag, count in runs:
+            counts[-1] += count
+            if tag == runs[-1][0]:
+                counts.append(0)
+        return counts[:-1]
 
 
 class VLMPrunerIdefics3Processor(GlobalViewDrawMixin, Idefics3Processor):
     """The processor of Idefics3 with `draw_kept_tokens`."""
 
-    @property
-    def global_view_id(self):
-        return self.global_image_token_id
-
 
 class VLMPrunerSmolVLMProcessor(GlobalViewDrawMixin, SmolVLMProcessor):
     """The processor of SmolVLM with `draw_kept_tokens`."""
-
-    @property
-    def global_view_id(self):
-        return self.tokenizer.convert_tokens_to_ids(self.global_image_token)
 
     def read_videos(self, videos, options):
         inputs = super().read_videos(videos, options)
         return {"pixel_values_videos": inputs["pixel_values"], "pixel_attention_mask": inputs.get("pixel_attention_mask")}
 
     def video_slices(self, inputs, settings):
-        side, videos, masks = isqrt(self.tile_length), inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
+        videos, masks = inputs["pixel_values_videos"], inputs["pixel_attention_mask"]
         if masks is not None:
             videos = [video[mask.flatten(1).any(1)] for video, mask in zip(videos, masks, strict=True)]
-        return [[(frame, (side, side)) for frame in video] for video in videos]
+        return [list(map(self.view_of_tile, video)) for video in videos]
 
 
 __all__ = [name for name in globals() if name.startswith("VLMPruner")]
+
+
+def processor_class_of(config_class: type, contents: Iterable[dict]) -> type:
+    """The processor class of ours for a checkpoint: of the one that its files name, as the library goes by these, else of the
+    family's. Pixtral-12B is a `llava` model with Pixtral's processor, GLM-4.6V-Flash a `glm4v` model with that of GLM-4.6V.
+
+    Args:
+        config_class: of ours, for the checkpoint.
+        contents: of those of its `PROCESSOR_FILES` that exist, in this order.
+
+    Raises:
+        ValueError: if they name a processor of which there is none here, because the family's might make other prompts.
+    """
+    ours = {name: globals()[name] for name in __all__}
+    default = ours[config_class.auto_map_targets["AutoProcessor"].split(".")[1]]
+    named = next(filter(None, (content.get("processor_class") for content in contents)), None)
+    if named in (None, stock_class(default).__name__):
+        return default
+    same = {stock_class(each).__name__: each for each in reversed(ours.values())} | ours
+    found = same.get(f"VLMPruner{named}", same.get(str(named)))
+    if found is None:
+        raise ValueError(
+            f"The files of this {config_class.base_model_type} model name the processor {named!r}, which is refused: there is "
+            "none here that draws what was kept of it, and another would make other prompts. Known are "
+            f"{', '.join(sorted(same.keys() - ours.keys()))}."
+        )
+    return found

@@ -12,11 +12,14 @@ from functools import lru_cache, wraps
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .token_pruning_device import upload
 
+
+# Attention whose masks say how far each query sees. Of every other a 2-D mask alone tells how many entries a cache holds.
+CAUSAL_BY_MASK = ("sdpa", "eager", "flex_attention")
 
 # What transformers calls a cache in arguments and outputs: "cache" from 5.24 on, "past_key_values" before.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -339,25 +342,35 @@ class PrunedCacheState:
 
 
 class PositionNotes:
-    """What M-RoPE position follows each token of a cache: it is no count of tokens once an image came.
+    """What position follows each token of a cache. It is no count of tokens where rows are padded, or images came with M-RoPE.
 
-    The stock models keep an offset on the module, where a second request overwrites that of the first, and a crop leaves it
-    stale. Here each call with images leaves its `position_ids`, and nothing is computed until a later turn asks.
+    The stock models keep an offset of M-RoPE on the module, where a second request overwrites that of the first, and a crop
+    leaves it stale. Here a call leaves its `position_ids`, and nothing is computed until a later turn asks.
+
+    Attributes:
+        count_padding: whether a decoder made the first positions, which counts padding.
     """
 
     def __init__(self):
+        self.count_padding = False
         self._known: torch.LongTensor | None = None  # [batch, length], the position after each token
         self._noted: tuple | None = None
+
+    @property
+    def are_empty(self) -> bool:
+        return self._known is None and self._noted is None
 
     def note(self, position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int) -> None:
         """Add the positions of a call.
 
         Args:
-            position_ids: [3 or 4, batch, length of the call]; None for a first call whose decoder counted tokens and padding.
+            position_ids: [1, 3 or 4, batch, length of the call]; None for a first call whose decoder counted tokens and
+                padding.
             attention_mask: the 2-D one of the whole sequence, or None.
             length: of the whole sequence after the call.
         """
         self._fold()
+        self.count_padding |= position_ids is None
         self._noted = (position_ids, attention_mask, length)
 
     def after(self, length: int, attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.LongTensor:
@@ -393,14 +406,11 @@ class PositionNotes:
         if self._noted is None:
             return
         (position_ids, attention_mask, length), self._noted = self._noted, None
-        if position_ids is None:
-            self._known = torch.arange(1, length + 1)[None]
-            return
-        reached = position_ids[-3:].amax(0)
-        batch, past_length = reached.shape[0], length - reached.shape[1]
+        reached = torch.arange(length)[None] if position_ids is None else position_ids[-3:].amax(0)
+        past_length = length - reached.shape[1]
         if attention_mask is not None:
             reached = reached.masked_fill(attention_mask[:, past_length:length].to(reached.device) == 0, -1)
-        past = self.after(past_length, attention_mask, batch, reached.device)
+        past = self.after(past_length, attention_mask, len(reached), reached.device)
         self._known = torch.cat([past, reached.cummax(dim=1).values + 1], dim=1)
 
 
@@ -455,6 +465,14 @@ class NotedLayerMixin(FollowingMixin):
         self.position_notes.repeat_rows(repeats)
 
 
+def found_notes(cache: Cache | None) -> PositionNotes | None:
+    """The notes of a cache that a call has left positions with; None where none has."""
+    if cache is None or not cache.layers:
+        return None
+    notes = getattr(cache.layers[counting_layer(cache, 0)], "position_notes", None)
+    return None if notes is None or notes.are_empty else notes
+
+
 def position_notes(cache: Cache) -> PositionNotes:
     """The notes of a cache; new ones where it has none, which stay with it once it has layers."""
     if not cache.layers:
@@ -466,6 +484,22 @@ def position_notes(cache: Cache) -> PositionNotes:
         noted.__dict__ = first.__dict__ | {"position_notes": PositionNotes()}
         return noted.position_notes
     return first.position_notes
+
+
+def note_positions(cache: Cache | None, position_ids: torch.LongTensor | None, attention_mask) -> None:
+    """Leave the positions of a call with its cache.
+
+    Args:
+        position_ids: [batch, length], or with axes of M-RoPE in front; None where a decoder made them in a first call.
+        attention_mask: the call's, of any kind.
+    """
+    if cache is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        attention_mask = None
+    if position_ids is not None and position_ids.ndim == 2:
+        position_ids = position_ids[None]
+    position_notes(cache).note(position_ids, attention_mask, int(cache.get_seq_length()))
 
 
 class PrunedCacheMixin(FollowingMixin):
@@ -606,3 +640,68 @@ def continued_padding_mask(
                 "Pass the mask of the whole unpruned sequence, or None."
             )
     return state.padding_mask(attention_mask, kv_length)
+
+
+def mask_of_entries(
+    config, new: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None, layer: int
+) -> torch.Tensor | None:
+    """A 2-D mask that ends with the entries that a cache layer will hold, where attention would see its empty ones too.
+
+    A static cache is allocated at full length. FlashAttention gets all of it, and sees as much of it as its mask is long.
+
+    Args:
+        config: the decoder's.
+        new: [batch, entries, ...], the tokens that the layer is about to get.
+        padding_mask: [batch, past and new entries, or room for more], zero at padding; None where none is.
+        layer: the cache layer.
+    """
+    if cache is None or config._attn_implementation in CAUSAL_BY_MASK:
+        return padding_mask
+    batch, num_new = new.shape[:2]
+    num_entries = int(cache.get_seq_length(layer)) + num_new
+    if cache.get_mask_sizes(num_new, layer)[0] <= num_entries:
+        return padding_mask
+    if padding_mask is None:
+        return torch.ones(batch, num_entries, dtype=torch.bool, device=new.device)
+    return padding_mask[:, :num_entries]
+
+
+def stage_mask(config, new: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None, layer: int, **options):
+    """The causal mask of the layers of a stage at `layer`, as `create_causal_mask` makes it with these `options`.
+
+    Args:
+        config, new, padding_mask: see `mask_of_entries`.
+
+    Raises:
+        ValueError: what `refuse_without_mask` raises.
+    """
+    number = mask_layer(cache, layer)
+    padding_mask = mask_of_entries(config, new, padding_mask, cache, number)
+    refuse_without_mask(config, new.shape[1], padding_mask, cache, number)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=new,
+        attention_mask=padding_mask,
+        position_ids=None,
+        layer_idx=number,
+        **{CACHE_NAME: cache},
+        **options,
+    )
+
+
+def refuse_without_mask(config, num_new: int, padding_mask: torch.Tensor | None, cache: Cache | None, layer: int) -> None:
+    """Raise a ValueError where the library makes no mask for the decoder's attention, but it would see too much without one."""
+    name = config._attn_implementation
+    if name in CAUSAL_BY_MASK or name in ALL_MASK_ATTENTION_FUNCTIONS:
+        return
+    if padding_mask is not None:
+        has_room = cache is not None and cache.get_mask_sizes(num_new, layer)[0] > padding_mask.shape[1]
+        sees_too_much = has_room or not padding_mask.all()
+    else:
+        sees_too_much = name.startswith("paged|")  # of continuous batching, whose calls say where each row begins
+    if sees_too_much:
+        raise ValueError(
+            f"transformers makes no mask for attn_implementation {name!r}, so pruned layers would see padding, the empty "
+            "entries of a static cache or, with a paged one, later tokens. Load the model with FlashAttention or one of "
+            f"{CAUSAL_BY_MASK}, or register what makes the mask with AttentionMaskInterface."
+        )

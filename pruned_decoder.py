@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from .attention_correction import additive_masks, distance_term, refuse_backend
 from .configuration_vlmpruner import PruningSettings, layer_types_of
@@ -37,15 +36,18 @@ from .pruned_cache import (
     PrunedImage,
     PruningRecord,
     continued_padding_mask,
+    found_notes,
     mask_layer,
     open_state,
     pruning_states,
+    stage_mask,
     state_of_layer,
 )
 from .pruning_contract import checked_counts, checked_merge, checked_selection, checked_sizes
 from .pruning_method import PruningMethod, StageTokens
 from .recurrent_rows import row_runs
 from .stage_packing import PackedGrids, Packing
+from .stock_lookups import undecorated
 from .tensor_parallel import all_heads
 from .token_pruning import Selection
 from .token_pruning_device import upload
@@ -271,6 +273,23 @@ class PruningPlan:
         """From the call's tokens to those that go on to the end; None where no stage has run."""
         return None if self.stages[-1].choice is None else self.stages[-1].choice.whole_packing
 
+    def positions_without_padding(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.LongTensor | None:
+        """Positions [batch, length] that count no padding, as of the row alone. None where those that the decoder makes are the
+        same, and where the cache's count padding."""
+        (batch, length, _), device, mask = inputs_embeds.shape, inputs_embeds.device, self.attention_mask
+        continues, notes = self.settings is None, found_notes(cache)
+        past_length = int(cache.get_seq_length()) if continues and notes is not None else self.past_length
+        if notes is not None and past_length > 0:
+            if mask is not None and not continues:  # then it is on the host
+                mask = upload(mask, device)
+            new = inputs_embeds.new_ones(batch, length) if mask is None else mask[:, -length:] != 0
+            return notes.after(past_length, mask, batch, device)[:, -1:] + positions_of(new)
+        if continues or mask is None or mask.all() or mask.shape[1] != past_length + length:
+            return None
+        if has_padding_before_tokens(mask, past_length):
+            return None
+        return upload(positions_of(mask)[:, -length:], device)
+
     def stage_of(self, layer_idx: int) -> PruningStage | None:
         """The stage whose tokens layer `layer_idx` runs on; None below the first."""
         return next((stage for stage in reversed(self.stages) if stage.layer <= layer_idx), None)
@@ -299,6 +318,8 @@ class PruningPlan:
         if stage is not None:
             if layer_idx == stage.layer:
                 hidden_states = self._enter(stage, hidden_states, inputs, tower_states)
+            if stage.inputs is None:
+                raise self.skipped()
             inputs = inputs | stage.inputs.on(hidden_states.device)
             if layer_idx == stage.layer and stage.own_mask is not None:
                 inputs["attention_mask"] = stage.own_mask
@@ -310,6 +331,13 @@ class PruningPlan:
                 below.last_tokens = self._last_tokens(stage, hidden_states, inputs)
             inputs = inputs | {CACHE_NAME: KeyRecorder(inputs.get(CACHE_NAME), below)}
         return hidden_states, inputs
+
+    def skipped(self) -> RuntimeError:
+        """The error where a layer at which tokens should leave has not followed the plan."""
+        return RuntimeError(
+            f"Nothing was pruned at decoder layer {self.layer}, where it should have been: a layer of this model was replaced, "
+            "or is called by code that leaves out its keyword arguments."
+        )
 
     def _inputs_of_linear(self, stage: PruningStage | None, device: torch.device) -> dict:
         """What a layer of linear attention gets in place of a causal mask, on tokens as `stage` left them."""
@@ -539,15 +567,8 @@ class PruningPlan:
         return self._causal_mask(stage.layer, hidden_states, padding_mask, cache)
 
     def _causal_mask(self, layer: int, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache | None):
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=padding_mask,
-            position_ids=None,
-            layer_idx=mask_layer(cache, layer),
-            allow_is_causal_skip=not self.corrects_attention,
-            **{CACHE_NAME: cache},
-        )
+        allow_skip = not self.corrects_attention
+        return stage_mask(self.config, hidden_states, padding_mask, cache, layer, allow_is_causal_skip=allow_skip)
 
     def _continued_positions(self, stage: PruningStage, cache: Cache, hidden_states: torch.Tensor, inputs: dict) -> dict:
         """Position embeddings of new tokens, where kept ones were packed; else those that the decoder made stay."""
@@ -731,6 +752,7 @@ def make_plan(
     visuals: Sequence[VisualTokens],
     num_outputs: int = 0,
     length: int | None = None,
+    may_count_padding: bool = False,
 ) -> PruningPlan:
     """Plan one forward call that prunes, or that goes on with a pruned cache.
 
@@ -743,9 +765,11 @@ def make_plan(
         visuals: the images and videos among the new tokens.
         num_outputs: how many of the last outputs the caller asks for, or 0 where that is not said.
         length: number of the call's tokens.
+        may_count_padding: whether the cache's tokens, and so the call's, may have positions that count padding.
 
     Raises:
-        ValueError: for packed sequences, for a cache that was pruned at other layers, and what `visual_grids` raises.
+        ValueError: for packed sequences, for a cache that was pruned at other layers, for a method that looks at keys where
+            positions may count padding, and what `visual_grids` raises.
     """
     states = pruning_states(cache)
     layers = [state.layer for state in states]
@@ -786,6 +810,12 @@ def make_plan(
             "give each sequence a row of its own, or set pruning_ratio=0."
         )
     attention_mask = None if attention_mask is None else masks[-1]
+    if may_count_padding and "keys" in method.looks_at and has_padding_before_tokens(attention_mask, past_length):
+        raise ValueError(
+            "Rows of the cache have padding before their tokens, which positions count where no position_ids are given. "
+            f"pruning_method {settings.method!r} looks at keys, which depend on positions: it would keep other tokens than of "
+            "the row alone. Pass position_ids, that count no padding, in each call of the conversation."
+        )
     masks = iter(masks)
     visuals = [
         replace(visual, mask=next(masks), image_ends=None if visual.image_ends is None else next(masks)) for visual in visuals
@@ -829,6 +859,16 @@ def _on_host(masks: Sequence[torch.BoolTensor]) -> list[torch.BoolTensor]:
     flat = torch.cat([mask.flatten() for mask in masks]).cpu()
     parts = flat.split([mask.numel() for mask in masks])
     return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
+
+
+def positions_of(is_token: torch.Tensor) -> torch.LongTensor:
+    """How many tokens stand before each in its row, 0 at padding in front. [batch, length]"""
+    return (is_token.long().cumsum(1) - 1).clamp_min(0)
+
+
+def has_padding_before_tokens(attention_mask: torch.Tensor | None, length: int) -> bool:
+    """Whether a token comes after padding in one of the rows, among the first `length` of a mask on the host."""
+    return attention_mask is not None and bool((attention_mask[:, :length].to(torch.int8).diff(dim=1) > 0).any())
 
 
 def has_pruned_mask(masks: dict) -> bool:
@@ -888,9 +928,16 @@ def layer_index(layer: nn.Module) -> int:
 
 
 def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> None:
-    """Let the layers of this decoder follow a plan. Weights and their names stay as they are.
+    """Let the layers of this decoder follow a plan. Weights and their names stay as they are. See `pruned_layer_classes`."""
+    for module, pruned_class in pruned_layer_classes(decoder, layer_classes).items():
+        module.__class__ = pruned_class
+
+
+def pruned_layer_classes(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) -> dict[nn.Module, type]:
+    """Which modules of a decoder follow a plan, and the class that each needs for that.
 
     Args:
+        decoder: its layers may be wrapped, each in a module of its own, as for activation checkpointing.
         layer_classes: each a subclass, by `PrunedLayerMixin` in front, of a layer class whose layers hand keywords on, and
             whose attention calls `update` of the cache once with keys after RoPE. A subclass has the name of its stock class,
             by which FSDP and `device_map` look for layers. One of a hybrid decoder names in `linear_attention_class` the class
@@ -899,13 +946,16 @@ def prune_decoder(decoder: nn.Module, layer_classes: Sequence[type[nn.Module]]) 
     Raises:
         ValueError: for a decoder of other layers.
     """
-    pruned_class_of = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}
-    for layer in decoder.layers:
-        if type(layer) not in pruned_class_of:
+    pruned_class_of, found = {layer_class.__bases__[1]: layer_class for layer_class in layer_classes}, {}
+    for number, wrapped in enumerate(decoder.layers):
+        layer = next((each for each in wrapped.modules() if undecorated(type(each)) in pruned_class_of), None)
+        if layer is None:
             supported = ", ".join(stock_class.__module__.split(".")[-2] for stock_class in pruned_class_of)
             raise ValueError(
-                f"Language models of type {decoder.config.model_type!r} are not supported. Supported: {supported}."
+                f"Language models of type {decoder.config.model_type!r} are not supported: decoder layer {number} is a "
+                f"{type(wrapped).__name__}. Supported: {supported}."
             )
-        layer.__class__ = pruned_class_of[type(layer)]
+        found[layer] = pruned_class_of[undecorated(type(layer))]
         if hasattr(layer, "linear_attn"):
-            layer.linear_attn.__class__ = layer.linear_attention_class
+            found[layer.linear_attn] = found[layer].linear_attention_class
+    return found

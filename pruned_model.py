@@ -1,37 +1,42 @@
 """What every pruned model adds to its stock classes: from a call's inputs to a plan, and back to the caller's shapes."""
 
+import gc
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields as dataclass_fields
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningSettings, check_ratio
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
     cache_of,
     continued_padding_mask,
-    mask_layer,
+    found_notes,
+    mask_of_entries,
+    note_positions,
     pruning_state,
     pruning_states,
+    stage_mask,
     takes_cache,
 )
 from .pruned_decoder import OWN, PRUNED_MASK, PruningPlan, check_mask, has_pruned_mask, make_plan, prune_decoder
+from .record_of_outputs import RecordKeptMixin, leave_record, record_of, record_of_call
+from .stock_lookups import AskedAsStockMixin, register_model_type, stock_class
 from .tensor_parallel import check_heads
 from .visual_grids import GridView, VisualTokens, rows_of_images
 
@@ -45,6 +50,9 @@ LOSS_ELSEWHERE = (
     "a loss that is computed elsewhere must leave out the labels that they would predict, those of image placeholders above "
     "all. Pass labels to the model, or use Trainer(compute_loss_func=model.loss_of_kept_tokens), or train on answers alone."
 )
+
+# What TRL tags a model with in trainers that load a reference model from the path of the model's config.
+REFERENCE_TAGS = frozenset({"dpo", "kto", "grpo", "gmpo", "a2po", "rloo"})
 
 
 class PruningRequest:
@@ -146,22 +154,6 @@ def takes_stock_positions(forward: Callable) -> Callable:
     return named
 
 
-def stock_class(our_class: type) -> type | None:
-    """The class of transformers that one of ours extends; None for a mixin."""
-    return next((each for each in our_class.__mro__ if each.__module__.startswith("transformers.")), None)
-
-
-def register_weight_renaming(our_class: type, *names: str) -> None:
-    """Let checkpoints of the stock class load into ours: the library renames old parameters by class, and skips custom code.
-
-    Args:
-        names: where the library looks up a renaming for the stock class, the first that it knows one for.
-    """
-    renaming = next(filter(None, map(get_checkpoint_conversion_mapping, names)), None)
-    if renaming is not None:
-        register_checkpoint_conversion_mapping(our_class.__name__, renaming, overwrite=True)
-
-
 def refuse_unsupported(attention_mask, kwargs: dict) -> None:
     """Raise a ValueError for a call that no plan can be made for: packed rows, a mask that is not 2-D, `torch.export`."""
     check_mask(attention_mask)
@@ -178,15 +170,42 @@ def refuse_unsupported(attention_mask, kwargs: dict) -> None:
 
 def add_encoded(outputs, encoded: dict, visuals: Sequence[VisualTokens]) -> None:
     """Give outputs the fields of the stock class's that hold what the encoder made, in place."""
-    fields = {field.name for field in dataclass_fields(outputs)}
+    names = {field.name for field in fields(outputs)}
     for visual in visuals:
-        if f"{visual.modality}_outputs" in fields:  # from transformers 5.24 on
+        if f"{visual.modality}_outputs" in names:  # from transformers 5.24 on
             outputs[f"{visual.modality}_outputs"] = encoded[visual.modality]
-        elif f"{visual.modality}_hidden_states" in fields:
+        elif f"{visual.modality}_hidden_states" in names:
             outputs[f"{visual.modality}_hidden_states"] = torch.cat(list(visual.features))
 
 
-class PrunedModelMixin:
+class SavedAndLoadedMixin(AskedAsStockMixin):
+    """Put in front of a stock model, with or without a head: its checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
+                `output_loading_info` asks for the list of them. And what `check_heads` raises.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and not output_loading_info:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
+            )
+        check_heads(model)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
+        stock class reads them under our `model_type` too, for which the library alone renames none."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """Put in front of a stock multimodal model: the part between its inputs and its decoder.
 
     A family says which layers its decoder has (`decoder_layers`), what comes with a call (`encoder_inputs`), what grids it
@@ -198,14 +217,15 @@ class PrunedModelMixin:
     # modality -> the argument that holds the pixels, and what else its `get_<modality>_features` takes
     encoder_inputs: dict[str, tuple[str, tuple[str, ...]]]
     stock_positions: Sequence[str]  # what the stock `forward` takes by position, in order
+    observers: ClassVar[list[Callable[[PruningRecord], None]]] = []  # each is called with the record of each call that prunes
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         if stock := stock_class(cls):  # else a mixin of a family
             cls.stock_positions = positional_names(stock.forward)
-            register_weight_renaming(cls, stock.__name__)  # a renaming by model type is applied once, by the generating class
 
     def __init__(self, config):
+        register_model_type(type(config))  # again, for libraries that came after the config class
         settings = config.pruning_settings()  # what `from_pretrained` was given is set after the config has checked itself
         super().__init__(config)
         prune_decoder(self.get_decoder(), self.decoder_layers)
@@ -240,6 +260,7 @@ class PrunedModelMixin:
         is_stock_call = pruning_state(cache) is None and settings is None
         if not is_stock_call:
             refuse_unsupported(attention_mask, kwargs)
+        has_positions = position_ids is not None
         position_ids = self.resolve_position_ids(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, has_visuals, is_stock_call, kwargs
         )
@@ -253,10 +274,12 @@ class PrunedModelMixin:
         if is_stock_call:
             with self.config.encoding_for(None) if has_visuals else nullcontext():
                 outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
+            if self.config.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
+                note_positions(cache_of(outputs), position_ids, attention_mask)
         else:
+            request.has_positions = has_positions
             outputs = self._forward_by_plan(request, settings, input_ids, inputs, kwargs)
-        if has_visuals or (is_stock_call and position_ids is None):
-            self.note_positions(cache_of(outputs), position_ids, attention_mask)
+        leave_record(outputs, request.record)
         return outputs
 
     def _forward_by_plan(
@@ -279,6 +302,8 @@ class PrunedModelMixin:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if not isinstance(attention_mask, dict):
+            attention_mask = mask_of_entries(self.get_decoder().config, inputs_embeds, attention_mask, cache, 0)
         # A decoded token leaves `kwargs` alone: compiled, to take from them means to compile again where one of them grows, as
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
         encoded = {}
@@ -296,7 +321,10 @@ class PrunedModelMixin:
             visuals,
             request.num_outputs,
             inputs_embeds.shape[1],
+            may_count_padding=not request.has_positions and self.may_count_padding(cache),
         )
+        if inputs["position_ids"] is None:
+            inputs["position_ids"] = plan.positions_without_padding(cache, inputs_embeds)
         plan.deepstack, plan.question = self.deepstack(encoded, visuals), request.question
         of_plan = {
             "inputs_embeds": inputs_embeds,
@@ -304,12 +332,18 @@ class PrunedModelMixin:
             "pruning_plan": plan,
         }
         outputs = super().forward(**(inputs | of_plan), **kwargs)
+        if plan.grids and plan.record is None:
+            raise plan.skipped()
         plan.unpack_outputs(outputs)
+        if encoded and inputs["position_ids"] is not None:
+            note_positions(cache_of(outputs), inputs["position_ids"], attention_mask)
         if self.training and torch.is_grad_enabled() and request.dropped is not None and not request.has_labels:
             logger.warning_once(LOSS_ELSEWHERE)
         if settings is not None and plan.record is not None:
             kept, visual = plan.record.num_kept, plan.record.num_visual
             logger.info(f"{settings.method} kept {kept} of {visual} visual tokens from decoder layer {plan.layer} on.")
+            for observe in self.observers:
+                observe(plan.record)
         add_encoded(outputs, encoded, visuals)
         return outputs
 
@@ -437,23 +471,20 @@ class PrunedModelMixin:
         """The position ids of a call, where a family does not leave them to its decoder."""
         return position_ids
 
-    def note_positions(self, cache: Cache | None, position_ids, attention_mask) -> None:
-        """Called after images or videos, and where the decoder made the positions, for a family whose later ones need them."""
+    def may_count_padding(self, cache: Cache | None) -> bool:
+        """Whether the positions of a cache's tokens may count padding, as the decoder's own do."""
+        notes = found_notes(cache)
+        return not self.config.has_mrope if notes is None else notes.count_padding
 
     def deepstack(self, encoded: dict, visuals: Sequence[VisualTokens]) -> Sequence[Sequence[tuple]]:
         """See `PruningPlan.deepstack`."""
         return ()
 
 
-class PrunedForConditionalGenerationMixin:
+class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
     """What every generating model of ours adds to its stock class, apart from `forward`."""
 
     _auto_class = "AutoModelForImageTextToText"
-
-    def __init_subclass__(cls):
-        super().__init_subclass__()
-        if stock := stock_class(cls):
-            register_weight_renaming(cls, stock.__name__, stock.config_class.model_type)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -476,29 +507,31 @@ class PrunedForConditionalGenerationMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """See `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight, where the library would initialise it at random and go on; not where
-                `output_loading_info` asks for the list of them. And what `check_heads` raises.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        if missing and not output_loading_info:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the weights of {cls.__name__}: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
-            )
-        check_heads(model)
+        """See `SavedAndLoadedMixin.from_pretrained`."""
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=output_loading_info, **kwargs
+        )
+        model = loaded[0] if output_loading_info else loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         for name, value in pruning_keys_of_generation(pretrained_model_name_or_path, hub).items():
             setattr(model.generation_config, name, value)
-        return (model, info) if output_loading_info else model
+        return loaded
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """See `PreTrainedModel.save_pretrained`. Weights get the names of the modules, not those of the first checkpoints: the
-        stock class reads them under our `model_type` too, for which the library renames none."""
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with record_of_call() as found:
+            outputs = super().generate(*args, **kwargs)
+        if found and isinstance(outputs, ModelOutput) and cache_of(outputs) is None:
+            leave_record(outputs, found[0])
+        return outputs
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """See `PreTrainedModel.add_model_tags`. TRL's trainers call it once they have their models, and some have loaded a
+        reference model from the path of the config: a warning tells where that is not pruned as this model."""
+        super().add_model_tags(tags)
+        # With adapters the reference is this model without them.
+        if not REFERENCE_TAGS.isdisjoint([tags] if isinstance(tags, str) else tags) and not hasattr(self, "peft_config"):
+            warn_of_other_reference(self)
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         """The stock method, which also takes `pruning_ratio`: as an argument, else from the generation config of the call, else
@@ -624,20 +657,17 @@ class PrunedForConditionalGenerationMixin:
         """What was kept, or None if nothing was pruned.
 
         Args:
-            outputs: of `forward`, or of `generate(..., return_dict_in_generate=True)`.
+            outputs: of `forward`, also through a wrapper, or of `generate(..., return_dict_in_generate=True)`.
 
         Raises:
-            ValueError: for a tensor or a tuple, which hold no record.
+            ValueError: for a tensor or a tuple, which hold no record, and where a wrapper has lost it.
         """
         if isinstance(outputs, torch.Tensor | tuple | list):
             raise ValueError(
                 f"A {type(outputs).__name__} does not tell what was kept. Call generate with return_dict_in_generate=True, or "
                 "forward with return_dict=True, and pass what they return."
             )
-        record = getattr(outputs, "pruning_record", None)
-        if record is None and (state := pruning_state(cache_of(outputs))) is not None:
-            record = state.record
-        return record
+        return record_of(outputs)
 
     def loss_of_kept_tokens(self, outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0):
         """The loss of a training step whose labels were not given to the model: `Trainer(compute_loss_func=...)`.
@@ -682,14 +712,9 @@ class PrunedForConditionalGenerationMixin:
         pruned_masks = {}
         for state in states:
             name = f"{PRUNED_MASK}{state.layer}"
-            pruned_masks[name] = create_causal_mask(
-                config=config.get_text_config(decoder=True),
-                inputs_embeds=inputs_embeds,
-                attention_mask=continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1]),
-                position_ids=None,
-                layer_idx=mask_layer(cache, state.layer),
-                **{CACHE_NAME: cache},
-            )
+            padding_mask = continued_padding_mask(cache, state, attention_mask, inputs_embeds.shape[1])
+            text_config = config.get_text_config(decoder=True)
+            pruned_masks[name] = stage_mask(text_config, inputs_embeds, padding_mask, cache, state.layer)
             if (sizes := state.sizes_of_rows()) is not None:
                 masks_of_stage = additive_masks(pruned_masks[name], sizes, inputs_embeds.dtype)
                 pruned_masks[f"{name}{OWN}"], pruned_masks[name] = masks_of_stage
@@ -707,6 +732,28 @@ def pruning_keys_of_generation(name: str | os.PathLike | None, hub: dict) -> dic
         return {}
     content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key.startswith("pruning_")}
+
+
+def warn_of_other_reference(model) -> None:
+    """Warn where a model from the same path, as a trainer's reference model is, is not pruned as this one."""
+    gc.collect()  # what nothing holds any more
+    path, here = model.config.name_or_path, settings_in_words(model.config)
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel) and each.can_generate()]
+    there = [settings_in_words(each.config) for each in models if each.config.name_or_path == path]
+    if other := next((each for each in there if each != here), None):
+        logger.warning(
+            f"The model in training is {here}. Another from {path} is {other}. If it is the reference model, as of a trainer "
+            "that was given none, the loss compares models that see other tokens. Train what is loaded from a folder to which "
+            "save_pretrained wrote it, or give the trainer a reference model that is pruned alike. See docs/training.md."
+        )
+
+
+def settings_in_words(config) -> str:
+    """How a model is pruned, by a config of ours or of a stock class."""
+    if not hasattr(config, "pruning_settings") or config.pruning_settings() is None:
+        return "unpruned"
+    values = {field.name: getattr(config, field.name) for field in fields(PruningConfig)}
+    return "pruned with " + ", ".join(f"{key}={value!r}" for key, value in values.items() if value is not None)
 
 
 def _holds_pixels(pixels) -> bool:
@@ -765,7 +812,7 @@ def pruned_forward(stock_class: type) -> Callable:
             if aux_loss is not None:
                 loss = loss + self.config.get_text_config().router_aux_loss_coef * aux_loss.to(loss.device)
             outputs = type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
-        outputs.pruning_record = request.record
+        leave_record(outputs, request.record)
         return outputs
 
     forward.__signature__ = inspect.Signature([*parameters[:-1], *added, parameters[-1]])

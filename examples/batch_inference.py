@@ -4,13 +4,15 @@
 
 Needs `pip install "ray[data]" av` (the extra `ray`). Each worker has a model of its own, on a GPU if there is one. The output
 has one JSON object a line, in no order: `path` in the folder, `text`, `num_visual` and `num_kept` tokens, and what was asked;
-for a file that can not be read or answered `error` in place of them. Lines are written as they come. A second run answers what
+for a file that can not be read or answered `error` in place of them. Lines are ASCII, with all else escaped as JSON does, also
+the bytes of a name that is no UTF-8: `os.fsencode(path)` is the name. Lines are written as they come. A second run answers what
 has no line yet (with --retry-errors, also what has an error); a file of other settings is refused.
 """
 
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 
@@ -51,9 +53,9 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(asked["model"], trust_remote_code=True)
 
     def __call__(self, batch: dict) -> dict:
-        """{"path": paths} -> {"line": for each a line of the output}"""
+        """{"path": paths as bytes} -> {"line": for each a line of the output}"""
         read, lines = [], []
-        for path in batch["path"]:
+        for path in map(os.fsdecode, batch["path"]):
             try:
                 read.append((path, self.read(self.folder / path)))
             except Exception as error:
@@ -63,7 +65,7 @@ class Answerer:
         groups += [[(path, media)] for path, media in read if "videos" in media]
         for group in groups:
             lines += self.answer(group)
-        return {"line": [json.dumps(line, ensure_ascii=False) for line in lines]}
+        return {"line": [json.dumps(line) for line in lines]}
 
     def read(self, path: Path) -> dict:
         """What the processor takes of a file. Photos are turned upright."""
@@ -91,13 +93,14 @@ class Answerer:
         kind = "image" if "images" in media[0] else "video"
         content = [{"type": kind}, {"type": "text", "text": self.asked["question"]}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        if (start := self.processor.tokenizer.bos_token) and text.startswith(start):  # or the tokenizer would add another
+            options["add_special_tokens"] = False
         inputs = dict(media[0])
         if kind == "image":
             by_row = [each["images"] for each in media]
             inputs = {"images": by_row if self.processor.images_by_row else [image for row in by_row for image in row]}
-        inputs = self.processor(text=[text] * len(media), padding=True, padding_side="left", return_tensors="pt", **inputs).to(
-            self.model.device, self.model.dtype
-        )
+        inputs = self.processor(text=[text] * len(media), **options, **inputs).to(self.model.device, self.model.dtype)
         outputs = self.model.generate(
             **inputs, max_new_tokens=self.asked["max_new_tokens"], do_sample=False, return_dict_in_generate=True
         )
@@ -125,15 +128,15 @@ def answered_before(output: Path, asked: dict, retry_errors: bool) -> set[str]:
     if not output.exists():
         return set()
     kept, done = [], set()
-    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = output.read_bytes().splitlines(keepends=True)  # of text it would split at more than the end of a line
     for number, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text) if text.endswith("\n") else None
-        except json.JSONDecodeError:
+            line = json.loads(text) if text.endswith(b"\n") else None
+        except ValueError:
             line = None
         if line is None and number == len(lines):
             break
-        if not isinstance(line, dict) or "path" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get("path"), str):
             raise ValueError(f"{output}, line {number}, is not a line of this program. Give another --output.")
         if different := [name for name in ASKED if line.get(name) != asked[name]]:
             said = ", ".join(f"{name} {line.get(name)!r} instead of {asked[name]!r}" for name in different)
@@ -144,7 +147,7 @@ def answered_before(output: Path, asked: dict, retry_errors: bool) -> set[str]:
         done.add(line["path"])
     if len(kept) < len(lines):
         staged = output.with_name(output.name + ".new")
-        staged.write_text("".join(kept), encoding="utf-8")
+        staged.write_bytes(b"".join(kept))
         os.replace(staged, output)
     return done
 
@@ -163,6 +166,10 @@ def main():
     parser.add_argument("--address", help="of a Ray cluster, or `auto`; by default Ray is started on this machine")
     parser.add_argument("--retry-errors", action="store_true")
     options = parser.parse_args()
+    for word in sys.argv:
+        if word.encode(errors="replace").decode() != word:
+            name = os.fsencode(word)
+            parser.error(f"{name!r} is no UTF-8, and Ray takes no other command line. Of a folder, give a link to it.")
     if not options.input.is_dir():
         parser.error(f"--input {options.input} is not a folder.")
     asked = {name: getattr(options, name) for name in ASKED}
@@ -187,7 +194,8 @@ def main():
     local = {"num_cpus": options.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(**({"address": options.address} if options.address else {"address": "local"} | local), log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    answers = ray.data.from_items([{"path": path} for path in todo], override_num_blocks=len(todo)).map_batches(
+    paths = [{"path": os.fsencode(path)} for path in todo]  # as bytes, since a name need not be text
+    answers = ray.data.from_items(paths, override_num_blocks=len(todo)).map_batches(
         Answerer,
         fn_constructor_args=[str(options.input.resolve()), asked],
         batch_size=options.batch_size,
@@ -195,7 +203,7 @@ def main():
         num_gpus=1 if torch.cuda.is_available() else 0,
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a", encoding="utf-8") as output, tqdm(total=len(todo)) as progress:
+    with options.output.open("a", encoding="ascii") as output, tqdm(total=len(todo)) as progress:
         for row in answers.iter_rows():
             output.write(row["line"] + "\n")
             output.flush()

@@ -32,8 +32,8 @@ class Family:
         options: what its image processor can be told in a call that changes the picture.
         nested: whether its processor wants the images of each row in a list of their own.
         like: the family whose code it shares, all but what its config decides. `test_families.py` says what that means.
-        tile: side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes thousands of tokens
-            of an image.
+        tile: side in pixels of the vision tower that the matrix runs with, where the checkpoint's own makes hundreds of tokens
+            of an image, or thousands.
         layer: the pruning layer.
         is_hybrid: whether some layers have a recurrent state, not keys.
         tolerance: what float32 may leave between logits that are equal by right, more where layers are more.
@@ -93,7 +93,8 @@ FAMILIES = {
         Family(
             name="llava",
             grids={(640, 480): [(24, 24)], (300, 500): [(24, 24)]},
-            options=[{"do_center_crop": False, "size": {"height": 336, "width": 336}}],
+            options=[{"do_center_crop": False, "size": {"height": 84, "width": 84}}],
+            tile=84,
         ),
         Family(
             name="llava_next",
@@ -170,11 +171,12 @@ def small_checkpoint(family: Family) -> Path:
     model, processor = family.stock_class.from_pretrained(family.checkpoint), AutoProcessor.from_pretrained(family.checkpoint)
     config, scale = model.config, family.tile / model.config.vision_config.image_size
     config.vision_config.image_size = family.tile
-    config.image_grid_pinpoints = [[round(side * scale) for side in sides] for sides in config.image_grid_pinpoints]
+    if hasattr(config, "image_grid_pinpoints"):
+        pinpoints = [[round(side * scale) for side in sides] for sides in config.image_grid_pinpoints]
+        config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = pinpoints
     small = family.stock_class(config)
     weights = model.state_dict()
     small.load_state_dict({name: weights[name][: len(weight)] for name, weight in small.state_dict().items()})
-    processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
     processor.num_image_tokens = (family.tile // config.vision_config.patch_size) ** 2
     for part in (processor.image_processor, getattr(processor, "video_processor", None)):
         for name in ("size", "crop_size"):

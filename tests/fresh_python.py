@@ -1,7 +1,7 @@
 """Scripts in processes of their own that do not each wait for torch and transformers, whose import takes most of such a test.
 
 One process imports these, nothing of the project, and runs nothing. For each script it forks: the script begins where a new
-interpreter stands after its imports.
+interpreter stands after its imports. `conftest.py` has one for the whole session.
 """
 
 import atexit
@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 class FreshPython:
-    """Runs scripts as `python -I SCRIPT ARGUMENTS` does: the folder of neither the script nor its start is on the path.
+    """Runs scripts as `python -I` does: the folder of neither the script nor its start is on the path.
 
     Args:
         environment: the environment of all its scripts.
@@ -36,14 +37,45 @@ class FreshPython:
         self.parent.stdin.close()
         self.parent.wait(timeout=30)
 
-    def run(self, script: Path, *arguments, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
-        """As `subprocess.run` with text captured. A script that takes longer than `timeout` seconds ends by SIGALRM."""
-        words = [str(script), *map(str, arguments)]
+    def run(self, *words, cwd: Path, path=(), timeout: int = 300, **environment) -> subprocess.CompletedProcess:
+        """As `subprocess.run` with text captured. A script that takes longer than `timeout` seconds ends by SIGALRM.
+
+        Args:
+            words: what follows `python`: a script or `-c` and code, and its arguments.
+            path: folders that modules are imported from, before all others.
+            environment: variables beside those of all scripts.
+        """
+        (done,) = self._run_all(words, cwd, path, timeout, [environment])
+        return done
+
+    def run_ranks(self, number: int, *words, cwd: Path, path=(), timeout: int = 300) -> list[subprocess.CompletedProcess]:
+        """`run` in `number` processes at once, with the variables by which `torchrun` tells each its place among them. Where
+        one fails, the others are killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        group |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(number)]
+        return self._run_all(words, cwd, path, timeout, ranks)
+
+    def _run_all(self, words, cwd, path, timeout, environments) -> list[subprocess.CompletedProcess]:
+        words = list(map(str, words))
         with tempfile.TemporaryDirectory() as folder:
-            files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-            print(json.dumps([words, str(cwd), timeout, files]), file=self.parent.stdin, flush=True)
-            status = int(self.parent.stdout.readline())
-            return subprocess.CompletedProcess(words, status, *(Path(file).read_text() for file in files))
+            jobs = [
+                {
+                    "words": words,
+                    "folder": str(cwd),
+                    "path": list(map(str, path)),
+                    "timeout": timeout,
+                    "environment": {name: str(value) for name, value in environment.items()},
+                    "files": [os.path.join(folder, f"{number}-{name}") for name in ("stdout", "stderr")],
+                }
+                for number, environment in enumerate(environments)
+            ]
+            print(json.dumps(jobs), file=self.parent.stdin, flush=True)
+            statuses = json.loads(self.parent.stdout.readline())
+            texts = [[Path(file).read_text() for file in job["files"]] for job in jobs]
+            return [subprocess.CompletedProcess(words, *each) for each in zip(statuses, *zip(*texts, strict=True), strict=True)]
 
 
 def serve() -> None:
@@ -52,23 +84,36 @@ def serve() -> None:
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, pipeline  # noqa: F401
 
     for line in sys.stdin:
-        words, folder, timeout, files = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(words, folder, timeout, files)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        jobs, children, statuses = json.loads(line), [], {}
+        for job in jobs:
+            children.append(os.fork())
+            if children[-1] == 0:
+                run(**job)
+        while len(statuses) < len(children):
+            child, status = os.wait()
+            statuses[child] = os.waitstatus_to_exitcode(status)
+            if status:
+                for other in set(children) - set(statuses):
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps([statuses[child] for child in children]), flush=True)
 
 
-def run(words: list[str], folder: str, timeout: int, files: list[str]) -> None:
+def run(words: list[str], folder: str, path: list[str], timeout: int, environment: dict[str, str], files: list[str]) -> None:
     signal.alarm(timeout)
-    for number, path in enumerate([os.devnull, *files]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    for number, name in enumerate([os.devnull, *files]):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = io.TextIOWrapper(io.FileIO(0))  # the parent's may hold what it has read ahead
     os.chdir(folder)
-    sys.argv = words
+    os.environ.update(environment)
+    sys.path[:0] = path
     status = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         if status and not isinstance(exit.code, int):

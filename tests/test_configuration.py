@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import DATA, FAMILIES
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, PixtralVisionConfig, Qwen2Config
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from vlmpruner import configuration_vlmpruner
 from vlmpruner.configuration_vlmpruner import METHODS_WITH, VLMPrunerLlavaConfig
@@ -168,6 +169,15 @@ def test_round_trip_through_a_file(family, tmp_path):
     reloaded = config_class.from_pretrained(tmp_path)
     assert reloaded.pruning_settings() == config_class(**written).pruning_settings()
     assert reloaded.pruning_settings().parameters.token_batch == 3
+
+
+@pytest.mark.once
+def test_a_saved_config_copies_each_file_of_its_code_once(tmp_path, monkeypatch):
+    copied, copyfile = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda source, copy: copied.append(Path(copy)) or copyfile(source, copy))
+    config().save_pretrained(tmp_path)
+    by_library = [Path(path).name for path in get_relative_import_files(configuration_vlmpruner.__file__)]  # some of them twice
+    assert len(copied) - len(by_library) == len({path.name for path in tmp_path.glob("*.py")} - set(by_library))
 
 
 def test_another_models_config_is_refused():

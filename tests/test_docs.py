@@ -15,16 +15,24 @@ from vlmpruner.export import export_model
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / "training" / "README.md"])
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What stands in for what a reader has.
-STAND_INS = {"llava-hf/llava-1.5-7b-hf": str(ROOT)}
-EXPORT = "llava-pruned"
+BASE, EXPORT = "llava-hf/llava-1.5-7b-hf", "llava-pruned"  # what a reader has, or is said to make
 # (page, how the block begins) -> why it does not run here.
 NOT_RUN = {
+    ("docs/attention.md", 'pip install -e ".[flash-attn]"'): "needs a GPU",
+    ("docs/attention.md", "from transformers"): "needs a GPU; tests/test_flash_attention.py loads so with a stand-in",
+    (
+        "docs/any_model.md",
+        "python -m vlmpruner --ratio 0.889 -- -m lmms_eval",
+    ): "needs lmms-eval; tests/lmms_eval_plugin runs it",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- sft.py"): "needs TRL and data; its page says what was run",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- transformers"): "serves until it is stopped",
+    ("docs/any_model.md", "python -m vlmpruner --ratio 0.889 -- run.py"): "needs VLMEvalKit and others; not run",
     ("docs/evaluation.md", "lmms-eval --model"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", "torchrun"): "needs lmms-eval; tests/lmms_eval_plugin runs it",
     ("docs/evaluation.md", 'pip install -e ".[lighteval]"'): "needs lighteval; tests/test_lighteval.py runs it",
     ("docs/looking.md", 'pip install -e ".[app]"'): "serves until it is stopped; tests/app opens the page",
     ("docs/looking.md", 'pip install -e ".[notebook]"'): "tests/test_notebook.py runs the notebook",
+    ("docs/package.md", "import vlmpruner"): "an excerpt; tests/wheel runs it",
     ("docs/parallel.md", "torchrun"): "its program is below it; tests/test_parallel.py runs both",
     ("docs/parallel.md", "from PIL import Image"): "one of two processes; tests/test_parallel.py runs both",
     ("docs/parallel.md", 'pip install -e ".[ray]"'): "needs a folder of pictures; tests/test_examples.py has one",
@@ -72,6 +80,12 @@ def export(tmp_path_factory):
     return export_model(ROOT, tmp_path_factory.mktemp("docs") / EXPORT, report=lambda line: None)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The model at the root as its base model: what stands in for a checkpoint of the Hub."""
+    return export_model(ROOT, tmp_path_factory.mktemp("docs") / "base", to_base=True, report=lambda line: None)
+
+
 @pytest.fixture
 def clone(tmp_path):
     """What a reader stands in: the repository, with a photo in it. Folders are links, in which nothing here writes."""
@@ -86,7 +100,7 @@ def clone(tmp_path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_what_a_page_says_to_run_runs(page, clone, export):
+def test_what_a_page_says_to_run_runs(page, clone, base, export):
     """Each block in a process of its own, in the order of the page; lines that install are left out."""
     if f"--output {EXPORT}" not in page.read_text():
         (clone / EXPORT).symlink_to(export)
@@ -97,8 +111,7 @@ def test_what_a_page_says_to_run_runs(page, clone, export):
     for language, code in blocks(page):
         if reason(page, code):
             continue
-        for name, stand_in in STAND_INS.items():
-            code = code.replace(name, stand_in)
+        code = code.replace(BASE, str(base))
         code = re.sub(r"^pip install .*\n", "", code, flags=re.MULTILINE)
         shell = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         process = subprocess.run(

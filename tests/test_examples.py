@@ -1,5 +1,6 @@
 """examples/batch_inference.py: two Ray workers on this machine, resumed, with files that can not be read."""
 
+import copy
 import json
 import os
 import runpy
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, load_pruned, picture
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from training.scenes import draw, make_scene
@@ -37,7 +40,8 @@ def lines_of(folder: Path) -> dict[str, dict]:
 def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
     pytest.importorskip("ray", reason="needs the extra `ray`")
     (tmp_path / "photos" / "more").mkdir(parents=True)
-    scenes = {"a.png": 0, "b.JPG": 1, "more/c.png": 2, "more/d.webp": 3}
+    no_text = os.fsdecode(b"caf\xe9.png") if sys.platform == "linux" else "cafe.png"  # elsewhere names must be UTF-8
+    scenes = {"a.png": 0, "b.JPG": 1, "more/c.png": 2, "more/d.webp": 3, "split\u2028here.png": 4, no_text: 5}
     for name, seed in scenes.items():
         draw(make_scene("test", seed)).save(tmp_path / "photos" / name, quality=95)
     (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
@@ -45,7 +49,7 @@ def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
 
     done = run(tmp_path, "--workers", "2", "--batch-size", "2")
-    assert done.returncode == 0 and "6 files, 0 answered before, 6 to do" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0 and "8 files, 0 answered before, 8 to do" in done.stdout, done.stdout + done.stderr[-3000:]
     found = lines_of(tmp_path)
     assert set(found) == {*scenes, "broken.png", "broken.mp4"}
     assert all(set(found[name]) >= {"error"} and "text" not in found[name] for name in ("broken.png", "broken.mp4"))
@@ -65,7 +69,7 @@ def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
     text = output.read_text()
     output.write_text(text[: text.rstrip("\n").rfind("\n") + 20])  # interrupted within its last line
     done = run(tmp_path)
-    assert "6 files, 5 answered before, 1 to do" in done.stdout and done.returncode == 0, done.stderr[-3000:]
+    assert "8 files, 7 answered before, 1 to do" in done.stdout and done.returncode == 0, done.stderr[-3000:]
     assert lines_of(tmp_path) == found
     example = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))
     asked = {name: found["a.png"][name] for name in example["ASKED"]}
@@ -76,6 +80,51 @@ def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
     output.write_text("[]\n" + output.read_text())
     with pytest.raises(ValueError, match="line 1, is not a line of this program"):
         example["answered_before"](output, asked, retry_errors=False)
+
+
+@pytest.mark.once
+def test_lines_end_where_json_lines_end(tmp_path):
+    """Text is split at more: at U+2028 and U+0085, which JSON need not escape. What was interrupted may end within a letter."""
+    example = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))
+    asked = dict.fromkeys(example["ASKED"])
+    whole = [json.dumps({"path": path, "text": "a\u2028b\x85c"} | asked, ensure_ascii=False) for path in ("é\u2028", "b")]
+    output = tmp_path / "lines.jsonl"
+    output.write_bytes("\n".join([*whole, whole[0]]).encode()[: -len(whole[0].encode()) + len('{"path": "') + 1])
+    assert example["answered_before"](output, asked, retry_errors=False) == {"é\u2028", "b"}
+    assert output.read_text(encoding="utf-8") == "\n".join([*whole, ""])
+
+
+@pytest.mark.once
+def test_a_command_line_that_is_no_utf8_is_named(monkeypatch, capsys):
+    """Ray fails at it in C++."""
+    words = ["batch_inference.py", "--model", ".", "--input", os.fsdecode(b"caf\xe9"), "--output", "lines.jsonl"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))["main"]()
+    assert r"error: b'caf\xe9' is no UTF-8, and Ray takes no other command line" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_a_prompt_starts_with_one_token_of_start():
+    """Chat templates write it, and public tokenizers add it: those of Mistral and of Idefics3, not the small one here."""
+    family = FAMILIES["mistral3"]
+    processor = family.processor_class.from_pretrained(family.checkpoint)
+    start = processor.tokenizer.bos_token
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, processor.tokenizer.bos_token_id)]
+    )
+    answerer_class = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))["Answerer"]
+    answerer, seen = object.__new__(answerer_class), {}
+    answerer.asked, answerer.processor = {"question": QUESTION, "max_new_tokens": 1}, processor
+    answerer.model = copy.deepcopy(load_pruned(family))
+    answerer.model.register_forward_pre_hook(lambda model, args, given: seen.update(given), with_kwargs=True)
+    answerer.generate([{"images": [picture(1, 80, 80)]}])
+    content = [{"type": "image", "image": picture(1, 80, 80)}, {"type": "text", "text": QUESTION}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    assert torch.equal(
+        seen["input_ids"], processor.apply_chat_template([{"role": "user", "content": content}], **options)["input_ids"]
+    )
+    assert seen["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.once

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, picture, spread_weights
-from fresh_python import FreshPython
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from vlmpruner import export
 from vlmpruner.export import export_model, main
@@ -39,21 +38,17 @@ def exported(family, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """Runs a script in a process that knows nothing of the project, with one cache of custom code for the module's tests."""
-    home = tmp_path_factory.mktemp("home")
-    picture(1).save(home / "picture.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with FreshPython(environment) as fresh:
+def python(fresh_python, tmp_path_factory):
+    """Runs a script in a process that knows nothing of the project."""
 
-        def run(script: Path, *arguments, cwd: Path) -> str:
-            done = fresh.run(script, *arguments, cwd=cwd)
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
+    def run(*words, cwd: Path) -> str:
+        done = fresh_python.run(*words, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-        run.picture = home / "picture.png"
-        yield run
+    run.picture = tmp_path_factory.mktemp("picture") / "picture.png"
+    picture(1).save(run.picture)
+    return run
 
 
 @pytest.fixture
@@ -280,6 +275,46 @@ def test_tokenizer_is_the_base_ones_whatever_class_its_files_name(base, tmp_path
     assert type(exported_tokenizer) is type(tokenizer)
     assert exported_tokenizer(text).input_ids == tokenizer(text).input_ids
     assert "local_files_only" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.once
+def test_a_legacy_tokenizer_of_llama_stays_one(tmp_path):
+    """It begins a piece of text behind each special token with a space. The library does not save that it is legacy."""
+    base = Path(shutil.copytree(FAMILIES["llava_next_video"].checkpoint, tmp_path / "base"))
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<video>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    vocabulary = {word: id for id, word in enumerate(words + list(map(chr, range(33, 127))))}
+    special = {"pad_token": "<pad>", "additional_special_tokens": ["<image>", "<video>"]}
+    LlamaTokenizer(vocab=vocabulary, merges=[], **special).save_pretrained(base)
+    edit_json(base / "tokenizer_config.json", legacy=True)
+    text = "What is it?<image>in the picture"
+    ids, others = (AutoTokenizer.from_pretrained(base, **options)(text).input_ids for options in ({}, {"legacy": False}))
+    assert ids != others
+    exported = quietly(base, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(exported, trust_remote_code=True)(text).input_ids == ids
+
+
+@pytest.mark.once
+def test_a_tokenizer_that_is_another_when_saved_is_refused(base, tmp_path, monkeypatch):
+    def save_otherwise(self, folder, *args, **kwargs):
+        saved = save_pretrained(self, folder, *args, **kwargs)
+        edit_json(Path(folder) / "tokenizer.json", normalizer={"type": "Lowercase"})
+        return saved
+
+    save_pretrained = PreTrainedTokenizerBase.save_pretrained
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_otherwise)
+    with pytest.raises(ValueError, match=r"The tokenizer of base, a \w+, makes \[.*\] of .*, but \[.*\] after it was saved"):
+        quietly(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.once
+def test_a_path_that_is_no_utf8_is_named(tmp_path, command):
+    """The library's tokenizers open none, which read as if the base's files were broken."""
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    for arguments in ((LLAVA, "--output", bad), (bad, "--output", tmp_path / "out")):
+        status, out, error = command(*arguments)
+        assert (status, out) == (2, "")
+        assert re.search(r"The path b'.*caf\\xe9' is no UTF-8, and tokenizers need one that is", error)
 
 
 def key_of(flag: str) -> str:
@@ -739,9 +774,9 @@ export.export_model({base!r}, folder, force=True)
 
 @pytest.mark.once
 @pytest.mark.parametrize("step", ["exchange", "rename"])
-def test_a_kill_loses_no_export(step, tmp_path, lines):
+def test_a_kill_loses_no_export(step, fresh_python, tmp_path, lines):
     output = quietly(LLAVA, tmp_path / "out", pruning_ratio=0.5)
-    process = subprocess.run([sys.executable, "-c", KILLED.format(base=str(LLAVA)), step, output], timeout=300)
+    process = fresh_python.run("-c", KILLED.format(base=str(LLAVA)), step, output, cwd=tmp_path)
     assert process.returncode == -signal.SIGKILL
     if step == "exchange":
         assert ratio_of(output) == 0.889

@@ -1,9 +1,8 @@
 """What must hold for every family: one matrix, which a new family joins through `families.FAMILIES`.
 
-With the newest transformers each family runs all of it. With older ones, so does each family that has code of its own; one that
-is `like` another runs the tests marked `core` there, which between them go through what a version can change: loading, off, the
-pruned forward by hand, a ragged batch, decoding with and without a cache, a later turn. `conftest.py` applies this to tests of
-other files too.
+Each family that has code of its own runs all of it. One that is `like` another runs the tests marked `core`: loading, off, the
+pruned forward by hand, a ragged batch, decoding with and without a cache, a later turn. The code of both is the same, and what
+its config decides shows there. `conftest.py` applies this to tests of other files too.
 """
 
 import copy

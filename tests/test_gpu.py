@@ -8,8 +8,9 @@ import pytest
 import torch
 from families import FAMILIES, load_pruned, make_inputs, picture
 from test_device_selection import assert_equal_selections, images, merge_by_loops, random_batch
+from test_flash_attention import later_turns
 from test_token_pruning import GOLDEN, load_case
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_flash_attn_2_available, is_torchvision_available
 
 from vlmpruner import token_pruning
 from vlmpruner.pruned_cache import cache_of
@@ -242,6 +243,24 @@ def test_flex_attention_decodes(family):
     model.set_attn_implementation("flex_attention")
     found = generate(model, inputs)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_flash_attention_equals_sdpa(family, kind):
+    """The package itself; `test_flash_attention.py` tries more with a stand-in. It runs in half precision, so what stays is
+    drawn: a choice by value could depend on the rounding."""
+    if not is_flash_attn_2_available():
+        pytest.skip("needs the package flash-attn")
+    if "moe" in family.name:
+        pytest.skip("another rounding is another expert")
+    model = copy.deepcopy(load_pruned(family, pruning_method="random")).to(DEVICE, torch.float16)
+    found = []
+    for name in ("sdpa", "flash_attention_2"):
+        model.set_attn_implementation(name)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(later_turns(kind)(family, model))
+    torch.testing.assert_close(*found, rtol=0, atol=0.3 if family.is_hybrid else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -27,6 +27,7 @@ METHODS = (
 TENSOR_PARALLEL = """
     import json, sys
     import torch, torch.distributed as dist
+    import vlmpruner
     from transformers.distributed import DistributedConfig
     from families import FAMILIES, make_inputs, picture
 
@@ -44,6 +45,9 @@ TENSOR_PARALLEL = """
             outputs = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
             kept = [image.order.tolist() for image in model.get_pruning_record(outputs)]
             found[method] = [kept, outputs.sequences.tolist()]
+        stock = family.stock_class.from_pretrained(f"{folder}/{name}", **plan).eval()
+        outputs = vlmpruner.prune(stock).generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+        found["in place"] = [[image.order.tolist() for image in stock.get_pruning_record(outputs)], outputs.sequences.tolist()]
         model.config.pruning_method = "vlm_pruner"
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
         loss = model.train()(**inputs, labels=labels).loss
@@ -128,6 +132,8 @@ def test_ranks_of_tensor_parallelism_keep_what_one_process_keeps(tmp_path):
             kept = [image.order.tolist() for image in model.get_pruning_record(outputs)]
             expected = [kept, outputs.sequences.tolist()]
             assert ranks[0][method] == ranks[1][method] == expected, (name, method)
+        for rank in ranks:
+            assert rank["in place"] == rank["vlm_pruner"]
         model.config.pruning_method = "vlm_pruner"
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
         with torch.no_grad():

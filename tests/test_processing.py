@@ -369,7 +369,7 @@ def test_a_picture_of_another_grid_is_named(family):
     images = [picture(1, 320, 240), picture(2, 240, 320)]
     record = record_of(family, make_inputs(family, [(images, "Which?")]))
     if family.name == "llava":
-        record = [entry([1], image=0), entry([1], image=1, grid=(12, 12))]
+        record = [entry([1], image=0, grid=(6, 6)), entry([1], image=1, grid=(12, 12))]
     grids = {number: [each.grid for each in record if each.image == number] for number in (0, 1)}
     images = images if family.name == "llava" else [images[0], picture(3, 800, 200)]
     right = re.escape(sides_of(grids[1]))

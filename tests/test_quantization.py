@@ -4,7 +4,10 @@ import json
 import sys
 
 import pytest
+import torch
+from families import FAMILIES, make_inputs, picture
 
+import vlmpruner
 from benchmarks import accuracy, quantization
 from benchmarks.quantization import SCHEMES
 
@@ -42,6 +45,22 @@ def test_a_scheme_is_measured_and_gone_on_with(scheme, tmp_path, monkeypatch):
     assert results[scheme]["bytes"] < results["float32"]["bytes"]
     monkeypatch.setattr(quantization, "measure", None)
     quantization.main()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("scheme", ["torchao int8 weights", "bitsandbytes 8-bit", "bitsandbytes nf4"])
+def test_a_quantised_model_is_pruned_in_place(scheme):
+    pytest.importorskip(scheme.split()[0], reason="needs the extra `quantization`")
+    family, options = FAMILIES["qwen2_vl"], SCHEMES[scheme]() | {"device_map": "cpu"}
+    inputs = make_inputs(family, [([picture(1)], "What is in the picture?")])
+    stock, ours = (
+        each.from_pretrained(family.checkpoint, **options).eval() for each in (family.stock_class, family.pruned_class)
+    )
+    vlmpruner.prune(stock)
+    with torch.no_grad():
+        outputs, expected = stock(**inputs), ours(**inputs)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
+    assert outputs.pruning_record.num_kept == expected.pruning_record.num_kept < outputs.pruning_record.num_visual
 
 
 def test_what_can_not_be_loaded_is_a_line_of_the_table(tmp_path, monkeypatch):

@@ -4,13 +4,17 @@ The classes are those of the installed package `vlmpruner`, found by the `model_
 checkpoint needs no export: `llava-hf/llava-1.5-7b-hf` and what export.py made of it give the same scores.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL, PruningConfig
+from vlmpruner.processing import PROCESSOR_FILES, processor_class_of
 from vlmpruner.pruned_cache import PruningRecord
 
 
@@ -27,7 +31,8 @@ def load(pretrained: str, revision: str | None = None, processor_options: dict |
         options: go to the model's: `pruning_*` keys, dtype and so on.
 
     Raises:
-        ValueError: for a model of another family, and what the config says about a bad `pruning_*` key.
+        ValueError: for a model of another family, or with an unknown processor, and what the config says about a bad
+            `pruning_*` key.
     """
     hub = {} if revision is None else {"revision": revision}
     model_type = PreTrainedConfig.get_config_dict(pretrained, **hub)[0].get("model_type")
@@ -37,18 +42,21 @@ def load(pretrained: str, revision: str | None = None, processor_options: dict |
             f"{pretrained} holds a model of type {model_type!r}. Supported are {', '.join(CONFIG_OF_BASE_MODEL)}, as base "
             "models and as pruned ones."
         )
-    model_class, processor_class = (
-        _class(config_class.auto_map_targets[auto]) for auto in ("AutoModelForImageTextToText", "AutoProcessor")
-    )
+    processor_class = processor_class_of(config_class, _processor_files(pretrained, hub))
+    module, name = config_class.auto_map_targets["AutoModelForImageTextToText"].split(".")
+    model_class = getattr(import_module(f"vlmpruner.{module}"), name)
     model = model_class.from_pretrained(pretrained, **hub, **options).eval()
     # Else the library asks at the terminal whether to run the repo's code, to read the config that its tokenizer does not need.
     options = {"trust_remote_code": False} | (processor_options or {})
     return model, processor_class.from_pretrained(pretrained, **hub, **options)
 
 
-def _class(target: str) -> type:
-    module, name = target.split(".")
-    return getattr(import_module(f"vlmpruner.{module}"), name)
+def _processor_files(pretrained: str, hub: dict) -> Iterator[dict]:
+    for name in PROCESSOR_FILES:
+        try:
+            yield json.loads(Path(cached_file(pretrained, name, **hub)).read_text(encoding="utf-8"))
+        except OSError:  # there is none
+            continue
 
 
 def check_record(record: PruningRecord | None, num_of_modality: dict[str, int], should_prune: bool) -> None:

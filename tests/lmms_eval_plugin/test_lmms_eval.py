@@ -18,6 +18,7 @@ from lmms_eval.models import get_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.accuracy import answer_batch, collect_questions, is_right
+from vlmpruner.export import export_model
 from vlmpruner_lmms_eval import model as plugin
 from vlmpruner_lmms_eval.model import VLMPruner
 
@@ -70,6 +71,24 @@ def test_the_commands_of_the_page_score_the_scenes(start, tmp_path):
     kept = {name: found["throughput"][f"avg_{name}"] for name in ("pruning_ratio", "visual_tokens", "tokens_kept")}
     assert kept == {"pruning_ratio": 0.889, "visual_tokens": 576, "tokens_kept": 64}
     assert found["throughput"]["avg_tokens_kept_all_layers"] == pytest.approx((2 * 576 + 4 * 64) / 6)
+
+
+def test_a_wrapper_of_lmms_eval_s_own_is_pruned_by_the_launcher(tmp_path):
+    """The command of docs/any_model.md, with fewer questions."""
+    page = (ROOT / "docs" / "any_model.md").read_text()
+    (found,) = re.findall(r"^(python -m vlmpruner [^`]*-m lmms_eval [^`]*)```$", page, re.MULTILINE)
+    base = export_model(ROOT, tmp_path / "base", to_base=True, report=lambda line: None)
+    words = shlex.split(found.replace("\\\n", " ").replace("results/lmms-eval", str(tmp_path)))
+    words = [word.replace("pretrained=base", f"pretrained={base}").replace("28", "7") for word in words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    line = "vlmpruner: pruned 7 images in 7 calls of LlavaForConditionalGeneration: kept 448 of 4032 visual tokens."
+    assert done.stderr.splitlines()[-1] == line
+    (results,) = tmp_path.rglob("*_results.json")
+    means = [sum(right) / len(right) for right in right_answers(7).values()]
+    score = json.loads(results.read_text())["results"]["vlmpruner_scenes"]["all_types,none"]
+    assert score == pytest.approx(sum(means) / len(means))
 
 
 def test_reproduce_runs_resumes_and_prints_its_table(tmp_path):
