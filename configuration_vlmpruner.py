@@ -110,17 +110,6 @@ class PruningSettings:
 _ENCODING: ContextVar[tuple[object, PruningSettings | None]] = ContextVar("encoding", default=(None, None))
 
 
-@contextmanager
-def encoding_for(config: "PruningConfig", settings: PruningSettings | None) -> Iterator[None]:
-    """Let encoders, which stock code calls too, know what their call prunes: None for nothing."""
-    token = None if torch.compiler.is_compiling() else _ENCODING.set((config, settings))
-    try:
-        yield
-    finally:
-        if token is not None:
-            _ENCODING.reset(token)
-
-
 @dataclass(kw_only=True)
 class PruningConfig(method_keys()):
     """The `pruning_*` keys, put in front of a transformers config class.
@@ -276,6 +265,16 @@ class PruningConfig(method_keys()):
             if self.pruning_method not in owners and content.get(f"pruning_{name}") is None:
                 content.pop(f"pruning_{name}", None)
         return content
+
+    @contextmanager
+    def encoding_for(self, settings: PruningSettings | None) -> Iterator[None]:
+        """Let encoders, which stock code calls too, know what their call prunes: None for nothing."""
+        token = None if torch.compiler.is_compiling() else _ENCODING.set((self, settings))
+        try:
+            yield
+        finally:
+            if token is not None:
+                _ENCODING.reset(token)
 
     @property
     def looks_at_tower(self) -> bool:

@@ -20,7 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file, can_return_tuple, logging
 
 from .attention_correction import additive_masks
-from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio, encoding_for
+from .configuration_vlmpruner import PruningConfig, PruningSettings, check_ratio
 from .pruned_cache import (
     CACHE_NAME,
     PruningRecord,
@@ -272,7 +272,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
             "return_dict": True,
         }
         if is_stock_call:
-            with encoding_for(self.config, None) if has_visuals else nullcontext():
+            with self.config.encoding_for(None) if has_visuals else nullcontext():
                 outputs = super().forward(input_ids=input_ids, **inputs, **kwargs)
             if self.config.has_mrope and (has_visuals or position_ids is None or position_ids.shape[-1] > 1):
                 note_positions(cache_of(outputs), position_ids, attention_mask)
@@ -308,7 +308,7 @@ class PrunedModelMixin(RecordKeptMixin, SavedAndLoadedMixin):
         # `mm_token_type_ids` does from transformers 5.18 to 5.22.
         encoded = {}
         if self.has_visuals(kwargs):
-            with encoding_for(self.config, settings):
+            with self.config.encoding_for(settings):
                 encoded = self._encode(kwargs)
         with explained_to_later_turns(cache):
             visuals, inputs_embeds = self._merge(encoded, request, input_ids, inputs_embeds)
@@ -566,7 +566,7 @@ class PrunedForConditionalGenerationMixin(RecordKeptMixin, SavedAndLoadedMixin):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """The stock method, which some versions have: images and videos are encoded before the prefill."""
-        with encoding_for(self.model.config, self._settings_of_generation(model_kwargs)):
+        with self.model.config.encoding_for(self._settings_of_generation(model_kwargs)):
             return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):

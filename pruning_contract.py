@@ -121,7 +121,7 @@ def checked_selection(method, tokens) -> Selection:
             knows.
     """
     selection, name = method.select_batch(tokens), f"{type(method).__name__}.select_batch"
-    if getattr(selection, "_fields", None) != Selection._fields:  # no isinstance: custom code may be loaded twice
+    if getattr(selection, "_fields", None) != Selection._fields:  # by class, the library's copy of a method's module is another
         raise ValueError(f"{name} must return a Selection, but returned {_described(selection)}.")
     counts, budget = selection.counts, tuple(tokens.num_keep if method.counts_are_known else tokens.sizes)
     is_legal = _are(counts, _is_integer) and len(counts) == len(budget)
