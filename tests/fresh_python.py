@@ -41,7 +41,7 @@ class FreshPython:
         """As `subprocess.run` with text captured. A script that takes longer than `timeout` seconds ends by SIGALRM.
 
         Args:
-            words: what follows `python`: a script or `-c` and code, and its arguments.
+            words: what follows `python`: a script, `-m` and a module, or `-c` and code, and its arguments.
             path: folders that modules are imported from, before all others.
             environment: variables beside those of all scripts.
         """
@@ -108,11 +108,12 @@ def run(words: list[str], folder: str, path: list[str], timeout: int, environmen
     sys.path[:0] = path
     status = 0
     try:
+        sys.argv = words[1:] if words[0] in ("-c", "-m") else words
         if words[0] == "-c":
-            sys.argv = ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)

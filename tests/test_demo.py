@@ -1,8 +1,6 @@
 """The demo runs on what a bare clone has, and on what its user gives it."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,21 +20,9 @@ QUICK = ("--max-new-tokens", "4", "--repeats", "1")
 
 
 @pytest.fixture
-def demo(tmp_path):
+def demo(fresh_python, tmp_path):
     """Runs the demo in an empty folder."""
-
-    def run(*arguments) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, ROOT / "demo.py", *map(str, arguments)],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
+    return lambda *arguments: fresh_python.run(ROOT / "demo.py", *arguments, cwd=tmp_path, path=[ROOT])
 
 
 def numbers(output: str, row: str) -> list[str]:

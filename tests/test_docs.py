@@ -1,10 +1,9 @@
 """The commands and the code of README and docs run, offline, on the model at the root."""
 
-import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,23 +97,28 @@ def clone(tmp_path):
     return tmp_path
 
 
+def commands(language: str, code: str) -> list[list[str]]:
+    """The commands of a block: words that follow `python`, or another line of the shell."""
+    if language == "python":
+        return [["-c", code]]
+    lines = code.replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True)[1:] if line.startswith("python ") else line for line in lines]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_what_a_page_says_to_run_runs(page, clone, base, export):
-    """Each block in a process of its own, in the order of the page; lines that install are left out."""
+def test_what_a_page_says_to_run_runs(page, clone, base, export, fresh_python):
+    """Each command in a process of its own, in the order of the page; lines that install are left out."""
     if f"--output {EXPORT}" not in page.read_text():
         (clone / EXPORT).symlink_to(export)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
     for language, code in blocks(page):
         if reason(page, code):
             continue
         code = code.replace(BASE, str(base))
-        code = re.sub(r"^pip install .*\n", "", code, flags=re.MULTILINE)
-        shell = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
-        process = subprocess.run(
-            shell, cwd=clone, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-        )
-        assert process.returncode == 0, f"{code}\n{process.stdout}{process.stderr}"
+        for command in commands(language, re.sub(r"^pip install .*\n", "", code, flags=re.MULTILINE)):
+            if isinstance(command, str):
+                done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=clone, capture_output=True, text=True)
+            else:
+                folder = clone if command[0].startswith("-") else clone / Path(command[0]).parent
+                done = fresh_python.run(*command, cwd=clone, path=[folder])
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"

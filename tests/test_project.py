@@ -85,8 +85,13 @@ def test_the_collection_prints_commands_that_export_takes(capsys, monkeypatch):
         assert arguments.results is None or (ROOT / arguments.results).is_file()
 
 
-def test_the_collection_is_exported_and_published(tmp_path, monkeypatch, capfd):
+def test_the_collection_is_exported_and_published(fresh_python, tmp_path, monkeypatch, capfd):
     """The small model is exported for real; the upload and the Hub are not."""
+
+    def run(command, cwd, **options):
+        return fresh_python.run(*command[1:], cwd=cwd, path=[cwd])
+
+    monkeypatch.setattr(collection.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["collection.py", "tiny-scenes-vlmpruner", "--run", str(tmp_path)])
     assert collection.main() == 0
     assert "## Measured" in (tmp_path / "tiny-scenes-vlmpruner" / "README.md").read_text()
