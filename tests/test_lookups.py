@@ -31,6 +31,7 @@ from vlmpruner import export
 from vlmpruner.configuration_vlmpruner import CONFIG_OF_BASE_MODEL
 from vlmpruner.processing import DrawMixin, processor_class_of
 from vlmpruner.stock_lookups import TABLES, TABLES_BY_CONFIG, AskedAsStockMixin, register_model_type, stock_class
+from vlmpruner_lmms_eval.loading import load
 
 
 SIDES = ("stock", "ours")
@@ -278,9 +279,9 @@ def test_an_adapter_with_old_names_has_its_effect(name, tmp_path):
     assert not old.keys() & weights.keys()
     save_file(old, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     results = [trained]
-    for load in (peft.PeftModel.from_pretrained, lambda model, adapter: model.load_adapter(adapter) and model):
+    for put_on in (peft.PeftModel.from_pretrained, lambda model, adapter: model.load_adapter(adapter) and model):
         model = family.pruned_class.from_pretrained(folder, dtype=torch.float32, pruning_ratio=0.0).eval()
-        results.append(load(model, tmp_path).eval())
+        results.append(put_on(model, tmp_path).eval())
     with torch.no_grad():
         logits = [model(**inputs).logits for model in results]
     assert (logits[0] - load_stock(family)(**inputs).logits).abs().max() > 1e-3
@@ -454,6 +455,8 @@ def test_llava_with_a_pixtral_tower_keeps_its_processor(pixtral, tmp_path):
     assert len(ours.draw_kept_tokens(record=record, inputs=inputs)) == len(ours.draw_kept_tokens([image], record)) == 1
     again = export.export_model(exported, tmp_path / "again", report=lambda line: None)
     assert type(AutoProcessor.from_pretrained(again, trust_remote_code=True)).__name__ == type(ours).__name__
+    _, evaluated = load(str(pixtral), pruning_ratio=0.5)  # by lmms-eval, without an export
+    assert type(evaluated) is FAMILIES["mistral3"].processor_class
     back = export.export_model(exported, tmp_path / "back", to_base=True, report=lambda line: None)
     assert type(AutoProcessor.from_pretrained(back)) is type(stock)
 
