@@ -6,6 +6,9 @@ from families import FAMILIES, load_pruned, load_stock, make_inputs, picture
 from test_families import CLOSE, EXACT, forward_by_hand, supervised
 
 
+pytestmark = pytest.mark.core  # families with experts are all like one without, but for this
+
+
 def has_experts(family) -> bool:
     return hasattr(family.config_class.from_pretrained(family.checkpoint).get_text_config(), "num_experts_per_tok")
 

@@ -112,8 +112,8 @@ def test_wrong_positions_fall_below_the_margin(root, questions, monkeypatch, fau
     plan = plan_class(root[0])
     enter = plan._enter
 
-    def faulty(self, stage, hidden_states, inputs):
-        packed = enter(self, stage, hidden_states, inputs)
+    def faulty(self, stage, hidden_states, inputs, *args):
+        packed = enter(self, stage, hidden_states, inputs, *args)
         if self.grids:
             embeddings = stage.inputs.values["position_embeddings"]
             order = torch.randperm(packed.shape[1])

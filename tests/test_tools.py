@@ -408,7 +408,7 @@ FSDP2_STEP = """
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("name", "dtype"), [("qwen2_vl", "float32"), ("llava", "bf16")])
+@pytest.mark.parametrize(("name", "dtype"), [("qwen2_vl", "float32"), ("internvl", "bf16")])
 def test_two_processes_train_under_fsdp2(name, dtype, fresh_python, tmp_path):
     path = [TESTS, TESTS.parent]
     ranks = fresh_python.run_ranks(2, "-c", textwrap.dedent(FSDP2_STEP), name, dtype, cwd=tmp_path, path=path)
