@@ -251,7 +251,7 @@ def test_the_supported_range_is_stated_the_same_everywhere():
 @pytest.mark.once
 def test_a_copied_environment_is_made_anew(tmp_path):
     """In a copied clone it imports the code of the original, and so its tests tested that."""
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "__init__.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("data", "__pycache__"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTEST"))}
@@ -260,9 +260,10 @@ def test_a_copied_environment_is_made_anew(tmp_path):
         (tmp_path / folder / ".installed").touch()
         python = tmp_path / folder / "bin" / "python"
         for known, is_made in {tmp_path: False, ROOT: True}.items():
-            (known_package := tmp_path / f"{known.name}-packages" / "vlmpruner").mkdir(parents=True, exist_ok=True)
-            (known_package / "__init__.py").write_text(f"__path__ = [{str(known)!r}]")
-            python.write_text(f'#!/bin/sh\nPYTHONPATH={known_package.parent} exec {sys.executable} -S "$@"\n')
+            packages = tmp_path / f"packages-{folder}-{is_made}"
+            packages.mkdir()
+            (packages / "vlmpruner").symlink_to(known)
+            python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
             python.chmod(0o755)
             make = ["make", "--dry-run", f"{folder}/.installed"]
             recipe = subprocess.run(make, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout

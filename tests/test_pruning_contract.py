@@ -62,9 +62,9 @@ def test_a_forward_checks_what_its_method_returns(monkeypatch):
             return torch.arange(image.num_keep + 3)
 
     monkeypatch.setitem(METHODS, "fastv", First)
-    assert [image.order.tolist() for image in model(**inputs).pruning_record] == [list(range(64))]
+    assert [image.order.tolist() for image in model(**inputs).pruning_record] == [list(range(4))]
     monkeypatch.setitem(METHODS, "fastv", Longer)
-    with pytest.raises(ValueError, match=r"Longer\.select must return 64 places of 576 tokens, but returned 67"):
+    with pytest.raises(ValueError, match=r"Longer\.select must return 4 places of 36 tokens, but returned 7"):
         model(**inputs)
 
 

@@ -80,7 +80,7 @@ def test_relevance_is_that_of_clip(clip):
         other = model(**inputs, pruning_question=QUESTIONS[::-1]).pruning_record
         embedded = load(None)(**inputs).pruning_record
     for changed in (other, embedded):
-        assert all(not torch.equal(image.order, before.order) for image, before in zip(changed, record, strict=True))
+        assert any(not torch.equal(image.order, before.order) for image, before in zip(changed, record, strict=True))
 
 
 def test_questions_follow_rows_and_beams(clip):
