@@ -523,11 +523,13 @@ class PrunedCacheMixin(FollowingMixin):
         return self.pruning_states[max(self.pruning_states)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) + self._dropped_of_first(layer_idx)
+        length, dropped = super().get_seq_length(layer_idx), self._dropped_of_first(layer_idx)
+        return length + dropped if dropped else length  # a static cache tells by a tensor
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """As in the stock class, of what the layer holds: masks are made by it."""
-        return super().get_query_offset(layer_idx) - self._dropped_of_first(layer_idx)
+        offset, dropped = super().get_query_offset(layer_idx), self._dropped_of_first(layer_idx)
+        return offset - dropped if dropped else offset
 
     def _dropped_of_first(self, layer_idx: int) -> int:
         """How many tokens the first layer that counts them does not hold, if it is asked for as layer 0; else 0."""
