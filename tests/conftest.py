@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from zlib import crc32
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -40,22 +41,45 @@ def pytest_configure(config):
         )
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
-def pytest_collection_modifyitems(config, items):
-    shared = {item for item in items if shares_its_code(item)}
-    config.hook.pytest_deselected(items=list(shared))
-    items[:] = [item for item in items if item not in shared]
+def pytest_addoption(parser):
+    parser.addoption("--every-family", action="store_true", help="run each test of the matrix with all families")
+    parser.addoption("--family", action="append", help="run the matrix with this family alone; may come several times")
+
+
+def pytest_generate_tests(metafunc):
+    """The families of a test that takes `family` and names none.
+
+    - Marked `core`: all.
+    - Without a mark: those that have code of their own, so none that is `like` another.
+    - Marked `spread`: one of each kind of decoder, as its name decides, so that each family gets some of these tests. The code
+      that they go through is one for all families.
+    """
+    definition = metafunc._arg2fixturedefs.get("family", [None])[-1]
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if definition is None or definition.params is not None or any("family" in names for names in named):
+        return
+    from families import FAMILIES, one_of_each_kind  # not in every environment
+
+    families, marks = list(FAMILIES.values()), {mark.name for mark in metafunc.definition.iter_markers()}
+    if "core" not in marks and not metafunc.config.getoption("every_family"):
+        own = [family for family in families if not family.like]
+        families = one_of_each_kind(crc32(metafunc.function.__name__.encode()), families) if "spread" in marks else own
+    if only := metafunc.config.getoption("family"):
+        families = [family for family in families if family.name in only]
+    metafunc.parametrize("family", families, ids=lambda family: family.name, indirect=True, scope=definition.scope)
+
+
+@pytest.fixture
+def family(request):
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def shares_its_code(item) -> bool:
-    """Whether a test is of a family that is `like` another, and is none of the `core` that all families run."""
-    family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-    return bool(getattr(family, "like", None)) and not item.get_closest_marker("core")
 
 
 @pytest.fixture(autouse=True)

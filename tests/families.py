@@ -4,6 +4,7 @@ import atexit
 import importlib
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +79,12 @@ class Family:
     @property
     def has_videos(self) -> bool:
         return "video" in self.model_class.encoder_inputs
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """Of its decoder: whether positions have three axes, features come in above layer 0, some layers are recurrent."""
+        config = (self.checkpoint / "config.json").read_text()
+        return tuple(word in config for word in ("mrope_section", "deepstack_visual_indexes", "linear_attention"))
 
 
 QWEN_GRIDS = {(640, 480): [(13, 18)], (300, 500): [(18, 11)]}
@@ -156,6 +163,14 @@ FAMILIES = {
         ),
     )
 }
+
+
+def one_of_each_kind(number: int, families: Iterable[Family]) -> list[Family]:
+    """One family of each kind of decoder. From number to number, each family of a kind has its turn."""
+    kinds = {}
+    for family in families:
+        kinds.setdefault(family.kind, []).append(family)
+    return [members[number % len(members)] for members in kinds.values()]
 
 
 def _import(path: str):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import DATA, FAMILIES
+from families import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PhiConfig, PixtralVisionConfig, Qwen2Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -152,7 +152,7 @@ def test_an_unknown_key_is_refused():
         config(pruning_rato=0.5)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+@pytest.mark.core
 def test_round_trip_through_a_file(family, tmp_path):
     config_class = family.config_class
     config_class.from_pretrained(family.checkpoint, pruning_ratio=0.5, pruning_token_batch=3).save_pretrained(tmp_path)

@@ -1,7 +1,6 @@
 """Evaluation by other harnesses: what can be tested without them. The plugin for lmms-eval: tests/lmms_eval_plugin."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -148,35 +147,21 @@ def test_scores_have_the_paper_s_scale():
 
 
 @pytest.mark.once
-def test_two_processes_give_the_scores_of_one(tmp_path):
-    results = []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    for number, launch in ((1, []), (2, torchrun), (2, accelerate)):
-        output = tmp_path / f"{len(results)}.json"
-        words = [
-            sys.executable,
-            *launch,
-            "benchmarks/accuracy.py",
-            "--methods",
-            "fastv",
-            "--ratios",
-            "0.889",
-            "--per-type",
-            "1",
-        ]
-        done = subprocess.run(
-            [*words, "--batch-size", "2", "--output", str(output)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads(output.read_text())["results"]
+def test_two_processes_give_the_scores_of_one(fresh_python, tmp_path):
+    """Started with the variables that `torchrun` sets, and by accelerate's launcher, which starts them through `torchrun`."""
+    options = ["--methods", "fastv", "--ratios", "0.889", "--per-type", "1", "--batch-size", "2"]
+    ways, results = {"alone": 1, "ranks": 2, "accelerate": 2}, []
+    for way, number in ways.items():
+        words = ["benchmarks/accuracy.py", *options, "--output", tmp_path / f"{way}.json"]
+        if way == "accelerate":
+            launch = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+            done = [fresh_python.run("-m", "accelerate.commands.launch", *launch, *words, cwd=ROOT)]
+        else:
+            done = fresh_python.run_ranks(number, *words, cwd=ROOT, path=[ROOT / "benchmarks"])
+        assert not any(each.returncode for each in done), done[0].stderr[-3000:]
+        assert f"on process 1 of {number}" in done[0].stderr
+        found = json.loads((tmp_path / f"{way}.json").read_text())["results"]
         results.append({name: {k: v for k, v in each.items() if k != "seconds"} for name, each in found.items()})
-        assert f"on process 1 of {number}" in done.stderr
     for result in results:  # its draws differ from process to process
         assert result.pop("random 0.889")["num_kept"] == 64
         for each in result.values():  # a mean of means

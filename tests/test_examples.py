@@ -36,8 +36,13 @@ def lines_of(folder: Path) -> dict[str, dict]:
     return found
 
 
+@pytest.fixture(scope="module")
+def example():
+    return runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))
+
+
 @pytest.mark.once
-def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
+def test_two_workers_go_on_with_a_folder(tmp_path, example):
     pytest.importorskip("ray", reason="needs the extra `ray`")
     (tmp_path / "photos" / "more").mkdir(parents=True)
     no_text = os.fsdecode(b"caf\xe9.png") if sys.platform == "linux" else "cafe.png"  # elsewhere names must be UTF-8
@@ -47,32 +52,31 @@ def test_a_folder_is_answered_by_two_workers_and_gone_on_with(tmp_path):
     (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (tmp_path / "photos" / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
-
-    done = run(tmp_path, "--workers", "2", "--batch-size", "2")
-    assert done.returncode == 0 and "8 files, 0 answered before, 8 to do" in done.stdout, done.stdout + done.stderr[-3000:]
-    found = lines_of(tmp_path)
-    assert set(found) == {*scenes, "broken.png", "broken.mp4"}
-    assert all(set(found[name]) >= {"error"} and "text" not in found[name] for name in ("broken.png", "broken.mp4"))
-    assert found["broken.png"]["error"].startswith("UnidentifiedImageError: ")
     model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    answers = {}
     for name in scenes:
         picture = Image.open(tmp_path / "photos" / name).convert("RGB")
         inputs = processor(images=picture, text=text, return_tensors="pt").to(torch.bfloat16)
         tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answer = processor.decode(tokens, skip_special_tokens=True).strip()
-        assert (found[name]["text"], found[name]["num_visual"], found[name]["num_kept"]) == (answer, 576, 64)
+        answers[name] = processor.decode(tokens, skip_special_tokens=True).strip()
 
+    asked = {"model": str(ROOT), "question": QUESTION, "pruning_ratio": None, "max_new_tokens": 12, "num_frames": 32}
+    lines = [json.dumps({"path": name, "text": answers[name]} | asked) for name in ("a.png", "b.JPG")]
     output = tmp_path / "captions.jsonl"
-    text = output.read_text()
-    output.write_text(text[: text.rstrip("\n").rfind("\n") + 20])  # interrupted within its last line
-    done = run(tmp_path)
-    assert "8 files, 7 answered before, 1 to do" in done.stdout and done.returncode == 0, done.stderr[-3000:]
-    assert lines_of(tmp_path) == found
-    example = runpy.run_path(str(ROOT / "examples" / "batch_inference.py"))
-    asked = {name: found["a.png"][name] for name in example["ASKED"]}
+    output.write_text(f"{lines[0]}\n{lines[1][:40]}")  # interrupted within its last line
+    done = run(tmp_path, "--workers", "2", "--batch-size", "2")
+    assert done.returncode == 0 and "8 files, 1 answered before, 7 to do" in done.stdout, done.stdout + done.stderr[-3000:]
+    found = lines_of(tmp_path)
+    assert set(found) == {*scenes, "broken.png", "broken.mp4"}
+    assert all(set(found[name]) >= {"error"} and "text" not in found[name] for name in ("broken.png", "broken.mp4"))
+    assert found["broken.png"]["error"].startswith("UnidentifiedImageError: ")
+    assert {name: found[name]["text"] for name in scenes} == answers and found["a.png"] == json.loads(lines[0])
+    assert all((found[name]["num_visual"], found[name]["num_kept"]) == (576, 64) for name in [*scenes][1:])
+
+    assert {name: found["b.JPG"][name] for name in example["ASKED"]} == asked
     assert example["answered_before"](output, asked, retry_errors=False) == set(found)
     with pytest.raises(ValueError, match=r"line 1, was answered with pruning_ratio None instead of 0\.5"):
         example["answered_before"](output, asked | {"pruning_ratio": 0.5}, retry_errors=False)

@@ -23,11 +23,10 @@ from vlmpruner.export import export_model, main
 
 TESTS = Path(__file__).parent
 LLAVA = FAMILIES["llava"].checkpoint
-OWN_CODE = [family for family in FAMILIES.values() if not family.like]
 SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=lambda family: family.name)
+@pytest.fixture(scope="module")
 def family(request):
     return request.param
 
@@ -132,7 +131,6 @@ def test_loads_everywhere_and_is_the_base_when_unpruned(family, exported, python
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("family", OWN_CODE, ids=lambda family: family.name, indirect=True)
 def test_snippets_of_the_card_run(family, exported, python, tmp_path):
     code = "\n".join(snippets(exported))
     address = re.search(r"https://\S+\.JPG", code).group()

@@ -14,10 +14,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture
+from families import load_processor, load_pruned, load_stock, make_inputs, picture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.integrations import flex_attention
 
 from vlmpruner.pruned_cache import CACHE_NAME, cache_of
 from vlmpruner.pruned_decoder import projected
@@ -29,7 +30,7 @@ EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
+@pytest.fixture
 def family(request, monkeypatch):
     monkeypatch.setitem(CLOSE, "atol", request.param.tolerance)
     return request.param
@@ -115,6 +116,7 @@ def test_off_runs_no_operation_more_than_the_stock_class(family, one_image):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.spread
 def test_a_stock_model_in_the_same_process_is_unchanged(family, one_image):
     before = generate(load_stock(family), one_image)
     generate(load_pruned(family), one_image)
@@ -140,6 +142,7 @@ def test_no_name_that_the_library_deprecates_is_used(family, one_image, monkeypa
         model(**later_turn(one_image, one_image), **{CACHE_NAME: cache_of(outputs)})
 
 
+@pytest.mark.spread
 def test_a_cache_may_come_under_its_old_name(family, one_image):
     """`past_key_values`, which is the only name before transformers 5.24."""
     model = load_pruned(family)
@@ -191,6 +194,7 @@ def test_dropped_tokens_are_zero_and_kept_ones_are_in_place(family, one_image):
         assert torch.equal(is_zero, ~kept if number > family.layer else torch.zeros_like(kept))
 
 
+@pytest.mark.spread
 def test_logits_to_keep(family, one_image):
     model = load_pruned(family)
     with torch.no_grad():
@@ -198,6 +202,7 @@ def test_logits_to_keep(family, one_image):
     torch.testing.assert_close(last, full[:, -3:], **CLOSE)
 
 
+@pytest.mark.spread
 def test_attentions_have_the_length_of_their_layer(family, one_image):
     model = load_pruned(family, attn="eager")
     with torch.no_grad():
@@ -216,25 +221,18 @@ def test_eager_and_sdpa_agree(family, rows):
     torch.testing.assert_close(step_logits(outputs), step_logits(reference), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, family in FAMILIES.items() if name == "llava" or not family.stock_class._supports_flex_attn]
-)
-def test_flex_attention_agrees_in_a_ragged_prefill(name, rows):
-    """Prefill alone: on a CPU, torch's flex kernel does not decode with the stock model either (its C++ does not compile).
-
-    Of the families that support it one: the kernel takes half a minute to compile, and the masks are made alike.
-    """
-    family = FAMILIES[name]
+def test_flex_attention_agrees(family, rows, monkeypatch):
+    """In torch's own maths for it. What torch compiles takes half a minute on a CPU, and does not decode there, with the stock
+    model either; test_gpu.py runs it."""
     if not family.stock_class._supports_flex_attn:
         with pytest.raises(ValueError, match=r"does not support .*flex_attention"):
             load_pruned(family, attn="flex_attention")
         return
+    monkeypatch.setattr(flex_attention, "WrappedFlexAttention", lambda training: lambda: flex_attention.flex_attention)
     inputs = make_inputs(family, rows)
-    with torch.no_grad():
-        flex, sdpa = load_pruned(family, attn="flex_attention")(**inputs), load_pruned(family)(**inputs)
-    assert kept_sets(flex.pruning_record) == kept_sets(sdpa.pruning_record)
-    is_token = inputs["attention_mask"].bool()
-    torch.testing.assert_close(flex.logits[is_token], sdpa.logits[is_token], **CLOSE)
+    flex, sdpa = generate(load_pruned(family, attn="flex_attention"), inputs), generate(load_pruned(family), inputs)
+    assert kept_sets(cache_of(flex).pruning_record) == kept_sets(cache_of(sdpa).pruning_record)
+    torch.testing.assert_close(step_logits(flex), step_logits(sdpa), **CLOSE)
 
 
 @pytest.mark.core
@@ -323,6 +321,7 @@ def test_rows_that_end_with_an_image_equal_single_rows(family):
         torch.testing.assert_close(step_logits(alone), step_logits(generate(model, row, use_cache=False)), **CLOSE)
 
 
+@pytest.mark.spread
 def test_speculative_decoding_after_an_image_equals_greedy(family):
     """The first forward has drafted text behind the prompt: the output at the prompt's end decides on it."""
     needs_crop(family)
@@ -434,6 +433,7 @@ def test_static_cache_equals_dynamic_cache(family, rows):
 
 
 @pytest.mark.between
+@pytest.mark.spread
 def test_compiled_decoding_is_one_graph_for_all_steps_and_requests(family, rows):
     """The library compiles decoding with a static cache; `backend="eager"` traces and guards without a compiler."""
     model = load_pruned(family)
@@ -450,6 +450,7 @@ def test_compiled_decoding_is_one_graph_for_all_steps_and_requests(family, rows)
     torch._dynamo.reset()
 
 
+@pytest.mark.spread
 def test_a_prefilled_cache_can_be_copied_and_used_twice(family, one_image):
     needs_crop(family)
     model = load_pruned(family)
@@ -470,6 +471,7 @@ def extra_inputs(inputs):
 
 @pytest.mark.parametrize("ratio", [RATIO, 0.0])
 @pytest.mark.parametrize("change", ["select", "reorder", "repeat"])
+@pytest.mark.spread
 def test_rows_of_a_cache_take_their_state_along(family, rows, change, ratio):
     """Pruned or not: the M-RoPE positions of Qwen models are with the cache in either case."""
     if change != "reorder":
@@ -503,6 +505,7 @@ def test_rows_of_a_cache_take_their_state_along(family, rows, change, ratio):
 
 
 @pytest.mark.parametrize("ratio", [RATIO, 0.0])
+@pytest.mark.spread
 def test_beams_on_a_repeated_prefilled_cache(family, one_image, ratio):
     needs_crop(family)
     model = load_pruned(family, pruning_ratio=ratio)
@@ -517,6 +520,7 @@ def test_beams_on_a_repeated_prefilled_cache(family, one_image, ratio):
 
 
 @pytest.mark.parametrize("ratio", [RATIO, 0.0])
+@pytest.mark.spread
 def test_a_reset_cache_is_as_a_new_one(family, one_image, ratio):
     num_rows = 1 if family.is_hybrid else 2  # an emptied recurrent state keeps its size
     rows = [([picture(5, 300, 200)], "Who?")] * num_rows
@@ -536,6 +540,7 @@ def test_a_reset_cache_is_as_a_new_one(family, one_image, ratio):
 # Decoding modes
 
 
+@pytest.mark.spread
 def test_sampling_with_a_seed_repeats_itself(family, one_image):
     model = load_pruned(family)
     samples = []
@@ -546,6 +551,7 @@ def test_sampling_with_a_seed_repeats_itself(family, one_image):
 
 
 @pytest.mark.between
+@pytest.mark.spread
 def test_beam_search_equals_beam_search_without_cache(family, rows):
     model = load_pruned(family)
     inputs = make_inputs(family, rows[1:])
@@ -553,6 +559,7 @@ def test_beam_search_equals_beam_search_without_cache(family, rows):
     assert torch.equal(model.generate(**inputs, **kwargs), model.generate(**inputs, **kwargs, use_cache=False))
 
 
+@pytest.mark.spread
 def test_one_beam_of_many_is_no_other_request(family, rows):
     """The record of a beam search names the rows as they stand at the end, two beams for each row of the input."""
     model = load_pruned(family)
@@ -571,6 +578,7 @@ def test_one_beam_of_many_is_no_other_request(family, rows):
 @pytest.mark.between
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
+@pytest.mark.spread
 def test_speculative_decoding_equals_greedy(family, one_image, mode, cache):
     needs_crop(family)
     if cache == "static" and not StaticLayer.is_croppable:
@@ -586,6 +594,7 @@ def test_speculative_decoding_equals_greedy(family, one_image, mode, cache):
     assert isinstance(cache_of(outputs), StaticCache) == (cache == "static")
 
 
+@pytest.mark.spread
 def test_streaming(family, one_image):
     model, processor = load_pruned(family), load_processor(family)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
@@ -687,6 +696,7 @@ def test_later_turns_of_a_padded_batch_equal_single_rows(family):
             torch.testing.assert_close(batch_step.logits[row], single_step.logits[0], **CLOSE)
 
 
+@pytest.mark.spread
 def test_padding_of_every_turn_stays_masked(family):
     """Text before the first image, images, and text after them, with padding in every turn: each row equals the row alone."""
     model = load_pruned(family)
@@ -717,6 +727,7 @@ def test_padding_of_every_turn_stays_masked(family):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.spread
 def test_crop_back_into_generated_text_and_over_an_image(family, kind):
     needs_crop(family)
     if kind == "static" and not StaticLayer.is_croppable:
@@ -747,6 +758,7 @@ def test_crop_back_into_generated_text_and_over_an_image(family, kind):
 # Requests do not meet
 
 
+@pytest.mark.spread
 def test_interleaved_requests_do_not_meet(family, one_image):
     model = load_pruned(family)
     other = make_inputs(family, [([picture(5)], "Something else?"), ([], "And that?")])
@@ -761,6 +773,7 @@ def test_interleaved_requests_do_not_meet(family, one_image):
         torch.testing.assert_close(model(input_ids=token, **{CACHE_NAME: first}).logits, expected, **EXACT)
 
 
+@pytest.mark.spread
 def test_two_threads_do_not_meet(family):
     model = load_pruned(family)
     inputs = [make_inputs(family, [([picture(seed)], f"Question {seed}?")]) for seed in (1, 2)]
@@ -783,6 +796,7 @@ def test_two_threads_do_not_meet(family):
 # Ratio and config
 
 
+@pytest.mark.spread
 def test_ratio_of_one_request_and_changed_config(family, one_image):
     model = copy.deepcopy(load_pruned(family))
     with torch.no_grad():
@@ -808,6 +822,7 @@ def test_ratio_of_one_request_and_changed_config(family, one_image):
 
 
 @pytest.mark.between
+@pytest.mark.spread
 def test_ratio_of_a_generation_config(family, one_image, tmp_path):
     """Argument before the call's generation config before the model's before the config; also where it comes by position."""
     model = copy.deepcopy(load_pruned(family))
@@ -875,8 +890,9 @@ def test_loss_and_gradient_with_and_without_checkpointing(family, rows):
 
 
 def test_loss_ignores_what_a_dropped_token_would_predict(family, one_image):
-    model = load_pruned(family)
-    labels = supervised(one_image)
+    """Placeholders have labels too: where text alone has, it may be that the token before each of them stays."""
+    model, labels = load_pruned(family), one_image["input_ids"].clone()
+    labels[:, :3] = -100
     with torch.no_grad():
         outputs = model(**one_image, labels=labels)
     kept = torch.ones_like(labels, dtype=torch.bool)
@@ -884,6 +900,7 @@ def test_loss_ignores_what_a_dropped_token_would_predict(family, one_image):
         kept[0, image.positions] = False
         kept[0, image.positions[image.kept]] = True
     counted = kept[:, :-1] & (labels[:, 1:] != -100)
+    assert 0 < counted.sum() < (labels[:, 1:] != -100).sum()
     expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][counted].float(), labels[:, 1:][counted])
     torch.testing.assert_close(outputs.loss, expected)
     # `Trainer` counts the labels before the model leaves some out; so does who computes the loss elsewhere.
@@ -900,6 +917,7 @@ def test_loss_ignores_what_a_dropped_token_would_predict(family, one_image):
 
 
 @pytest.mark.parametrize("places", ["last", "indices"])
+@pytest.mark.spread
 def test_labels_as_long_as_the_logits_that_are_kept(family, one_image, places):
     model, length = load_pruned(family), one_image["input_ids"].shape[1]
     with torch.no_grad():
@@ -929,6 +947,7 @@ def test_half_precision_is_finite(family, rows, dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", "disk"])
+@pytest.mark.spread
 def test_offload_by_accelerate_gives_the_same_tokens(family, one_image, tmp_path, device):
     load_pruned(family).save_pretrained(tmp_path / "model")
     decoder = load_pruned(family).get_decoder()
@@ -953,6 +972,7 @@ def test_layers_are_found_by_the_name_of_the_stock_layer(family):
     assert set(model._no_split_modules) == set(stock._no_split_modules) and layer.__name__ in model._no_split_modules
 
 
+@pytest.mark.spread
 def test_save_and_reload(family, one_image, tmp_path):
     model = load_pruned(family)
     model.save_pretrained(tmp_path)
@@ -1073,6 +1093,7 @@ def test_arguments_by_position_are_the_stock_class_s(family, one_image):
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.spread
 def test_packed_sequences_are_refused(family, one_image, with_mask):
     """By positions that restart, beside a mask or without one, and by the lengths that FlashAttention takes."""
     model, length = load_pruned(family), one_image["input_ids"].shape[1]
@@ -1086,12 +1107,14 @@ def test_packed_sequences_are_refused(family, one_image, with_mask):
         model(**inputs, cu_seq_lens_q=torch.tensor([0, length - 4, length], dtype=torch.int32))
 
 
+@pytest.mark.spread
 def test_a_prefill_in_chunks_is_refused_with_images_alone(family, one_image):
     model = load_pruned(family)
     with pytest.raises(ValueError, match="prefill_chunk_size=7 cuts images"):
         generate(model, one_image, prefill_chunk_size=7)
 
 
+@pytest.mark.spread
 def test_a_cache_pruned_at_another_layer_is_refused(family, one_image):
     model = copy.deepcopy(load_pruned(family))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, load_pruned, make_inputs, picture
+from families import load_pruned, make_inputs, picture
 from test_device_selection import assert_equal_selections, images, merge_by_loops, random_batch
 from test_flash_attention import later_turns
 from test_token_pruning import GOLDEN, load_case
@@ -60,7 +60,7 @@ def ragged(num_images=8):
     return hidden_states, keys, GridBatch(grids, [max(size // 9, 1) for size in sizes])
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
+@pytest.fixture
 def family(request):
     if not is_torchvision_available() and request.param.name not in ("llava", "llava_next"):
         pytest.skip("the processor of this family needs torchvision")
@@ -214,6 +214,7 @@ def test_the_pruning_layer_does_not_wait(family, stages, monkeypatch):
         assert model(**inputs, use_cache=True).logits.isfinite().all()
 
 
+@pytest.mark.core
 def test_generation_equals_the_one_on_the_cpu(family):
     inputs = make_inputs(family, rows())
     expected = generate(load_pruned(family), inputs)

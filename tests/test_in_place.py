@@ -34,11 +34,6 @@ EXACT = {"rtol": 0, "atol": 0}
 ROWS = [([picture(1)], "What is in the picture?"), ([picture(2, 300, 200), picture(3)], "And in these two?")]
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
 LLAVA, QWEN = FAMILIES["llava_next_video"], FAMILIES["qwen2_vl"]  # positions of one axis and of three, of few tokens
 SOME = pytest.mark.parametrize("some", [LLAVA, QWEN], ids=lambda family: family.name)
 
@@ -75,6 +70,7 @@ def answer_of(model, inputs):
 # Equal to our own loading, and to the stock class afterwards
 
 
+@pytest.mark.core
 @pytest.mark.core
 def test_a_pruned_model_is_equal_to_our_class_and_the_stock_model_again_afterwards(family):
     inputs, model = make_inputs(family, ROWS), copy_of_stock(family)

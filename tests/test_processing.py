@@ -24,11 +24,6 @@ LLAVA = FAMILIES["llava"]
 SIDE, PATCH = 24, 28  # LLaVA's grid, and its 14 pixels drawn twice as large
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def processor():
     return LLAVA.processor_class.from_pretrained(LLAVA.checkpoint)
@@ -63,6 +58,7 @@ def frame_colors(drawn: Image.Image, order) -> np.ndarray:
     return np.stack([pixels[token // SIDE * PATCH, token % SIDE * PATCH] for token in order]).astype(float)
 
 
+@pytest.mark.core
 def test_same_inputs_as_the_stock_processor(family):
     stock, ours = (each.from_pretrained(family.checkpoint) for each in (AutoProcessor, family.processor_class))
     images, texts = [picture(1), picture(2, 200, 300)], [prompt(stock, 1), prompt(stock, 1, "And this?")]
@@ -166,6 +162,7 @@ def draw_everything(family, image: Image.Image) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 500)])
+@pytest.mark.core
 def test_patches_lie_where_they_are_in_the_picture(family, size):
     views = draw_everything(family, ramps(*size))
     for number, view in enumerate(views if len(views) <= 2 else views[-1:]):  # of tiles: test_tiles.py
@@ -252,6 +249,7 @@ def assert_same(drawn: list, expected: list, levels: float = 0):
         assert np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).max() <= levels
 
 
+@pytest.mark.core
 def test_inputs_are_drawn_as_the_pictures_they_were_made_of(family):
     """Rows of one image and of two; also where the pixels are no longer in full precision."""
     rows = [([picture(1)], "What?"), ([picture(2, 300, 200), picture(3, 90, 150)], "Which?")]

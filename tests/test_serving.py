@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, picture
+from families import picture
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
@@ -296,7 +296,6 @@ def server_of_any(tmp_path_factory):
 
 
 @pytest.mark.between
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_family_is_served(server_of_any, family, tmp_path_factory):
     """Where continuous batching is asked for, too: no picture is dropped without a word, since the server does not use it."""
     repo = str(export_model(family.checkpoint, tmp_path_factory.mktemp(family.name) / "exported", report=lambda line: None))
