@@ -230,6 +230,11 @@ def test_refuses_a_request_that_pruned_nothing(processor):
 # The picture that the model saw
 
 
+def whole_llava_processor():
+    """LLaVA's, for pictures of the public size."""
+    return LLAVA.processor_class.from_pretrained(LLAVA.checkpoint)
+
+
 def fresh_processor(family):
     return family.processor_class.from_pretrained(small_checkpoint(family))
 
@@ -457,11 +462,11 @@ def test_refuses_bad_arguments(processor, arguments, message):
 
 def test_an_image_given_with_several_options_is_not_guessed():
     """The grid does not tell the calls apart. Options that change nothing of the picture do not count."""
-    processor, image, size = fresh_processor(LLAVA), picture(1), {"height": 336, "width": 336}
+    processor, image, size = whole_llava_processor(), picture(1), {"height": 336, "width": 336}
     text, record = prompt(processor, 1), [entry([1])]
     processor(images=[image, image], text=[text] * 2)
     processor(images=image, text=text, do_center_crop=True, do_normalize=False)
-    expected = fresh_processor(LLAVA).draw_kept_tokens(image, record)
+    expected = whole_llava_processor().draw_kept_tokens(image, record)
     assert_same(processor.draw_kept_tokens(image, record), expected, levels=1)
     inputs = processor(images=image, text=text, size=size, return_tensors="pt")
     size["width"] = 400
@@ -473,7 +478,7 @@ def test_an_image_given_with_several_options_is_not_guessed():
 
 
 def test_an_opened_photo_is_read_as_in_its_call_also_with_options(photo):
-    processor, image = fresh_processor(LLAVA), Image.open(photo)
+    processor, image = whole_llava_processor(), Image.open(photo)
     inputs = processor(images=image, text=prompt(processor, 1), return_tensors="pt", do_normalize=False)
     seen = processor.draw_kept_tokens(record=[entry([1])], inputs=inputs, do_normalize=False)
     assert_same(processor.draw_kept_tokens(image, [entry([1])], do_normalize=False), seen, levels=1)

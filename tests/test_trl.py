@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from accelerate.state import AcceleratorState
 from families import FAMILIES, load_processor, load_pruned, make_inputs, picture, small_checkpoint
 
@@ -29,11 +28,9 @@ def state_of_accelerate():
 def repo(tmp_path_factory):
     """A repo with the code, that is pruned at 0.889."""
     folder = tmp_path_factory.mktemp("trl")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
-        load_pruned(FAMILY).save_pretrained(folder / "repo")
-        load_processor(FAMILY).save_pretrained(folder / "repo")
-        yield folder / "repo"
+    load_pruned(FAMILY).save_pretrained(folder / "repo")
+    load_processor(FAMILY).save_pretrained(folder / "repo")
+    return folder / "repo"
 
 
 @pytest.fixture
