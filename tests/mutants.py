@@ -119,8 +119,8 @@ MUTANTS = {
     "one operation more": Mutant(
         "off runs the stock class's operations alone",
         "pruned_model.py",
-        "        if is_stock_call:\n            with encoding_for",
-        "        if is_stock_call:\n            torch.zeros(1)\n            with encoding_for",
+        "        if is_stock_call:\n            with self.config.encoding_for",
+        "        if is_stock_call:\n            torch.zeros(1)\n            with self.config.encoding_for",
     ),
     "chosen again": Mutant(
         "gradient checkpointing runs a layer again on the same tokens",
