@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture, prompt, small_checkpoint
-from peft import LoraConfig, get_peft_model
 from test_families import generate, step_logits
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -320,12 +319,16 @@ def test_torch_compile(kind):
     torch.testing.assert_close(answer_of(compiled, inputs), stock)
 
 
+@pytest.mark.once
 @SOME
 def test_adapters_stay(some):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*(vision|visual).*")
-    adapted, expected = get_peft_model(copy_of_stock(some), lora), copy.deepcopy(load_pruned(some))
-    expected = get_peft_model(expected, lora)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*(vision|visual).*"
+    )
+    adapted, expected = peft.get_peft_model(copy_of_stock(some), lora), copy.deepcopy(load_pruned(some))
+    expected = peft.get_peft_model(expected, lora)
     expected.load_state_dict(adapted.state_dict())
     inputs = make_inputs(some, ROWS)
     stock = answer_of(adapted, inputs)
