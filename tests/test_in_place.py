@@ -324,9 +324,8 @@ def test_torch_compile(kind):
 def test_adapters_stay(some):
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     torch.manual_seed(0)
-    lora = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*(vision|visual).*"
-    )
+    options = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*(vision|visual).*"}
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, **options)
     adapted, expected = peft.get_peft_model(copy_of_stock(some), lora), copy.deepcopy(load_pruned(some))
     expected = peft.get_peft_model(expected, lora)
     expected.load_state_dict(adapted.state_dict())
