@@ -2,14 +2,20 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, make_inputs, picture
+from families import picture
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlmpruner
 from benchmarks import accuracy, quantization
 from benchmarks.quantization import SCHEMES
+from vlmpruner.modeling_vlmpruner_llava import VLMPrunerLlavaForConditionalGeneration
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def entry(kept: list[list[int]], right: str = "10") -> dict:
@@ -51,11 +57,11 @@ def test_a_scheme_is_measured_and_gone_on_with(scheme, tmp_path, monkeypatch):
 @pytest.mark.parametrize("scheme", ["torchao int8 weights", "bitsandbytes 8-bit", "bitsandbytes nf4"])
 def test_a_quantised_model_is_pruned_in_place(scheme):
     pytest.importorskip(scheme.split()[0], reason="needs the extra `quantization`")
-    family, options = FAMILIES["qwen2_vl"], SCHEMES[scheme]() | {"device_map": "cpu"}
-    inputs = make_inputs(family, [([picture(1)], "What is in the picture?")])
-    stock, ours = (
-        each.from_pretrained(family.checkpoint, **options).eval() for each in (family.stock_class, family.pruned_class)
-    )
+    options = SCHEMES[scheme]() | {"device_map": "cpu"}
+    classes = LlavaForConditionalGeneration, VLMPrunerLlavaForConditionalGeneration
+    stock, ours = (each.from_pretrained(ROOT, **options).eval() for each in classes)
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    inputs = processor(images=picture(1), text=f"{processor.image_token} What is this?", return_tensors="pt")
     vlmpruner.prune(stock)
     with torch.no_grad():
         outputs, expected = stock(**inputs), ours(**inputs)
