@@ -97,7 +97,7 @@ none. `pruning_method` is one of {methods}. Other keys are those of VLM-Pruner's
 `pruning_question`, the text of each row for methods that look at it. A key that is not given has its default.
 
 Supported are the models of transformers with the `model_type` {families}; others are refused by name.
-It needs `{transformers}`: an older version is told so by `custom_generate/requirements.txt`, before anything here runs.
+It needs `{transformers}`, as `custom_generate/requirements.txt` says, which the library reads first.
 
 ## Code that runs
 
