@@ -51,9 +51,10 @@ MUTANTS = {
     ),
     "grid on its side": Mutant(
         "a method knows height and width of a grid",
-        "pruned_decoder.py",
-        "grids=[grid.grid for grid in self.grids],",
-        "grids=[grid.grid[::-1] for grid in self.grids],",
+        "stage_packing.py",
+        "GridBatch([grid.grid for grid in grids], num_keep",
+        "GridBatch([grid.grid[::-1] for grid in grids], num_keep",
+        ("llava_onevision", "qwen2_vl", "glm4v", "qwen3_vl", "qwen3_5", "mistral3"),  # the others' grids are square
     ),
     "nothing merged": Mutant(
         "dropped tokens are merged into kept ones",

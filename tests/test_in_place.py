@@ -10,6 +10,7 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from families import FAMILIES, load_processor, load_pruned, load_stock, make_inputs, picture, prompt, small_checkpoint
 from test_families import generate, step_logits
@@ -384,14 +385,18 @@ def test_distributed_wrappers(kind, some, one_rank):
         for layer in model.get_decoder().layers:
             dist.fsdp.fully_shard(layer, mesh=mesh)
         wrapped = dist.fsdp.fully_shard(model, mesh=mesh)
+    sharded = [module for module in wrapped.modules() if isinstance(module, dist.fsdp.FSDPModule)]
+    assert bool(sharded) == (kind == "fsdp2")
     stock = answer_of(wrapped, inputs)
     vlmpruner.prune(wrapped)
     with torch.no_grad():
         outputs, expected = wrapped(**inputs), load_pruned(some)(**inputs)
     torch.testing.assert_close(outputs.logits, expected.logits)
     assert model.get_pruning_record(outputs).num_kept == expected.pruning_record.num_kept
+    assert all(isinstance(module, dist.fsdp.FSDPModule) for module in sharded)
     vlmpruner.unprune(wrapped)
     torch.testing.assert_close(answer_of(wrapped, inputs), stock)
+    assert all(isinstance(module, dist.fsdp.FSDPModule) for module in sharded)
 
 
 @pytest.mark.once
