@@ -300,14 +300,23 @@ def relative_draws(right: dict[str, str], unpruned: dict[str, str], draws: int =
     answered = {kind: outcome for kind, outcome in right.items() if "1" in unpruned[kind]}
     if not answered:
         raise ValueError("The unpruned model answered no question right, so nothing can be relative to it.")
-    rng, means = np.random.RandomState(0), np.zeros(draws + 1)
-    for kind, outcome in answered.items():
-        pairs = np.array([list(map(int, outcome)), list(map(int, unpruned[kind]))])
-        chosen = rng.randint(0, len(outcome), size=(draws + 1, len(outcome)))
-        chosen[0] = np.arange(len(outcome))
-        here, there = pairs[:, chosen].sum(-1)
-        means += 100 * here / np.maximum(there, 1) / len(answered)
+    means = np.zeros(draws + 1)
+    for (kind, outcome), times in zip(answered.items(), times_drawn(tuple(map(len, answered.values())), draws), strict=True):
+        here, there = (times @ np.array(list(map(int, each)), dtype=times.dtype) for each in (outcome, unpruned[kind]))
+        means += 100 * here.astype(float) / np.maximum(there, 1) / len(answered)
     return means
+
+
+@lru_cache(maxsize=4)  # hundreds of intervals are of as many questions
+def times_drawn(sizes: tuple[int, ...], draws: int) -> list[np.ndarray]:
+    """For each type of `sizes` questions, how often each of them is drawn. [1 + draws, size] each, first each once"""
+    rng, times = np.random.RandomState(0), []
+    for size in sizes:
+        chosen = rng.randint(0, size, size=(draws + 1, size))
+        chosen[0] = np.arange(size)
+        places = np.arange(draws + 1)[:, None] * size + chosen
+        times.append(np.bincount(places.ravel(), minlength=(draws + 1) * size).reshape(-1, size).astype(np.float32))
+    return times
 
 
 class Results:

@@ -367,7 +367,7 @@ def forward_by_hand(family, inputs, record, stock=None):
                 required = image.num_visual - 1 if image.positions[-1] == length - 1 else None
                 selection = select_tokens(states, keys, image.grid, image.num_kept, required=required)
                 chosen, merged = selection.kept, aggregate_tokens(states, selection, 0.3)
-                assert chosen.tolist() == image.kept.tolist()
+                assert selection.order.tolist() == image.order.tolist()
                 kept[image.positions] = False
                 kept[image.positions[chosen]] = True
                 merged_at.append((image.positions[chosen], merged))
